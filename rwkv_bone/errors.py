@@ -1,0 +1,20 @@
+"""The one exception that means "the input is bad", not "the program is": shown as one line, exit code 2."""
+
+import sys
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what was wanted, what came, what to do."""
+
+
+def run(main) -> None:
+    """Call `main()` for a command line: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
