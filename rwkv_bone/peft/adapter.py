@@ -1,0 +1,166 @@
+"""What every PEFT method is made of: a frozen projection with a trained adapter beside it, put into a model and merged out of it.
+
+A method is one subclass of `AdapterLinear` in a file of its own and one line in `peft/__init__.py`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+PROJECTIONS = ("att", "ffn")  # the parts adapted by default: every projection of the time and channel mixing
+
+
+class AdapterLinear(nn.Module):
+    """A frozen projection (no bias) with an adapter. The base weight (out, in) stays under its key `weight`.
+
+    The adapter is this layer's state dict less `weight`. It is trained in float32 whatever the base's dtype is
+    (float64 on a float64 base). `forward(x)` equals `x @ merged_weight().T` but for rounding.
+    """
+
+    formula: ClassVar[str]  # what the method computes, in one line
+
+    @dataclass(frozen=True)
+    class Config:
+        r: int = 64
+
+        def __post_init__(self):
+            if self.r < 1:
+                raise UserError(f"r must be at least 1, not {self.r}")
+
+    def __init__(self, weight: Tensor, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The adapter's dtype: never less than float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32) if self.weight.is_floating_point() else torch.float32
+
+    def new(self, *shape: int) -> nn.Parameter:
+        """A trainable tensor of zeros on the base weight's device."""
+        return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.weight.device))
+
+    def start(self) -> None:
+        """Give the adapter its initial values. Zeros need nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """The weight (out, in) of the plain projection that this layer equals, in `self.dtype`."""
+        raise NotImplementedError
+
+    @classmethod
+    def lr_multiplier(cls, name: str, config: Config) -> float:
+        """How much faster than the others the adapter tensor `name` learns."""
+        return 1.0
+
+    @classmethod
+    def config_from(cls, options: Mapping[str, Any], method: str) -> Config:
+        """Typed options of a method; one that it does not have is refused by name."""
+        known = {f.name: type(f.default) for f in fields(cls.Config)}
+        typed = {}
+        for name, value in options.items():
+            if name not in known:
+                raise UserError(f"--peft {method} has no option {name}; it has {', '.join(known)}")
+            if known[name] is float and type(value) is int:
+                value = float(value)
+            if type(value) is not known[name]:
+                raise UserError(f"--peft {method}: {name} is a {known[name].__name__}, not {value!r}")
+            typed[name] = value
+        return cls.Config(**typed)
+
+    def extra_repr(self) -> str:
+        out, in_ = self.weight.shape
+        return f"in={in_}, out={out}, {self.config}"
+
+
+def matches(name: str, parts: Iterable[str]) -> bool:
+    """Whether a dotted name holds one of `parts` (`att`, `ffn.key`, ...) as whole consecutive components."""
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def inject(
+    model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, parts: Iterable[str] = PROJECTIONS
+) -> list[str]:
+    """Freeze the model and put a started adapter on every projection within `parts`; return the projections' names."""
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    parts = list(parts)
+    for part in parts:
+        if not any(matches(name, [part]) for name in linears):
+            known = sorted({".".join(name.split(".")[-2:]) for name in linears})
+            raise UserError(f"--parts {part} names no projection of this model; it has att, ffn, {', '.join(known)}")
+    names = [name for name in linears if matches(name, parts)]
+    for layer in attach(model, method, config, names):
+        layer.start()
+    return names
+
+
+def attach(
+    model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, names: Iterable[str]
+) -> list[AdapterLinear]:
+    """Freeze the model and replace the named projections by adapter layers, not started: for values from a file."""
+    model.requires_grad_(False)
+    layers = []
+    for name in names:
+        layers.append(method(model.get_submodule(name).weight, config))
+        model.set_submodule(name, layers[-1])
+    return layers
+
+
+TRAIN_PARTS = {
+    "emb": lambda name: name == "emb.weight",
+    "head": lambda name: name == "head.weight",
+    "time": lambda name: name.rpartition(".")[2].startswith("time_"),
+    "ln": lambda name: any(component.startswith("ln") for component in name.split(".")),
+}
+
+
+def train_parts(model: nn.Module, parts: Iterable[str]) -> list[str]:
+    """Let parts of the base train in full beside the adapter: emb, head, time, ln. Returns their names."""
+    names = []
+    for part in parts:
+        if part not in TRAIN_PARTS:
+            raise UserError(f"--train_parts {part}: unknown; it takes {', '.join(TRAIN_PARTS)}")
+        names += [name for name, _ in model.named_parameters() if TRAIN_PARTS[part](name)]
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return names
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Replace every adapter by a plain projection of its merged weight, rounded once to the base's dtype."""
+    for name, layer in adapters(model).items():
+        weight = layer.merged_weight().to(layer.weight.dtype)
+        linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        model.set_submodule(name, linear)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a file needs beside the base: the adapters' tensors and all else that is trained, by their full names."""
+    of_adapters = {
+        f"{name}.{key}": tensor
+        for name, layer in adapters(model).items()
+        for key, tensor in layer.state_dict().items()
+        if key != "weight"
+    }
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {**of_adapters, **{name: p for name, p in trained.items() if name not in of_adapters}}
+
+
+def ceil_div(a: int, b: int) -> int:
+    return math.ceil(a / b)

@@ -1,0 +1,40 @@
+"""Shared by the tests: where the real files are, small models, and the comparison that all of them use."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_bone.models.x060 import RWKV, ModelConfig
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real weights, data and golden files."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs the real files in {DATA}")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny(data) -> Path:
+    """A really trained RWKV-6 of a million parameters (12 layers, C 64, heads of size 8, vocabulary 256, bf16)."""
+    return data / "tiny-rwkv6-1m.pth"
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes) -> RWKV:
+    """A new model in which no parameter is zero, so that every path counts."""
+    sizes = {"vocab_size": 50, "n_layer": 2, "n_embd": 24, "dim_att": 16, "dim_ffn": 40, "head_size": 8, **sizes}
+    model = RWKV(ModelConfig(d_mix_lora=4, d_decay_lora=6, **sizes)).initialise(seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return model
+
+
+@pytest.fixture
+def make_model():
+    return small_model
