@@ -17,7 +17,7 @@ def wkv6_reference(
     Returns y (B, T, H, N) in r's dtype and the final state (B, H, N, N). Computes in float32, or float64 if r is.
     """
     compute = torch.float64 if r.dtype == torch.float64 else torch.float32
-    B, T, H, N = r.shape
+    B, _, H, N = r.shape
     y_dtype = r.dtype
     r, k, v, log_w, u = (x.to(compute) for x in (r, k, v, log_w, u))
     state = r.new_zeros(B, H, N, N) if state is None else state.to(compute)
@@ -31,7 +31,127 @@ def wkv6_reference(
     return torch.stack(ys, 1).to(y_dtype), state
 
 
+def wkv6_chunked(
+    r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return wkv6_reference(r, k, v, log_w, u, state)
+
+
+OPS = ("auto", "torch", "cpu", "cuda")
+
+
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None = None, op: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return wkv6_reference(r, k, v, log_w, u, state)
+    """WKV6 with gradients for all six inputs and through the final state.
+
+    r, k, v: (B, T, H, N), float32, bfloat16 or float64, contiguous. log_w: the same shape, <= 0 (-inf is w = 0), in
+    r's dtype or float32. u: (H, N). state: (B, H, N, N) indexed [key, value], or None for zeros.
+    Returns y (B, T, H, N) in r's dtype and the final state (B, H, N, N) in float32 (float64 if r is).
+    op: "auto" (the kernel of r's device), "cpu", "cuda", or "torch" (needs no compiler, any device).
+    Relative L2 errors against float64: 1e-6 (log_w's gradient 1e-5; 5e-5 at decays of -150 a step) in float32.
+    Raises ValueError that names the tensor, what was expected and what came.
+    """
+    compute = _check(r, k, v, log_w, u, state, op)
+    u = u.to(compute)
+    if state is not None:
+        state = state.to(compute)
+    if op == "torch":
+        return wkv6_chunked(r, k, v, log_w, u, state)
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (r, k, v, log_w, u, state)
+    )
+    y, final_state, _ = _wkv6(r, k, v, log_w, u, state, save)
+    return y, final_state
+
+
+def _kernels(device: torch.device):
+    """The one place that chooses a kernel: the module whose forward, backward and saved_shape serve `device`."""
+    if device.type == "cpu":
+        from rwkv_bone.ops import wkv6_cpu as kernels
+    else:
+        from rwkv_bone.ops import wkv6_cuda as kernels
+    return kernels
+
+
+def _check(r, k, v, log_w, u, state, op: str) -> torch.dtype:
+    """Raise ValueError unless the arguments of wkv6 are what it takes; return the dtype it computes in."""
+    if op not in OPS:
+        raise ValueError(f"wkv6: op must be one of {', '.join(OPS)}, not {op!r}")
+    if r.dim() != 4:
+        raise ValueError(f"wkv6: r must have shape (B, T, H, N), not {tuple(r.shape)}")
+    B, T, H, N = r.shape
+    if 0 in (B, T, H, N):
+        raise ValueError(f"wkv6: r must have at least one batch row, token, head and channel, not {tuple(r.shape)}")
+    if r.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"wkv6: r must be float32, bfloat16 or float64, not {r.dtype}; convert it")
+    compute = torch.float64 if r.dtype == torch.float64 else torch.float32
+    like_r = [("k", k, r.shape), ("v", v, r.shape), ("log_w", log_w, r.shape), ("u", u, (H, N))]
+    if state is not None:
+        like_r.append(("state", state, (B, H, N, N)))
+    for name, x, shape in like_r:
+        if x.shape != shape:
+            raise ValueError(f"wkv6: {name} must have shape {tuple(shape)} to go with r, not {tuple(x.shape)}")
+        if x.device != r.device:
+            raise ValueError(f"wkv6: {name} must be on {r.device} as r is, not on {x.device}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != r.dtype:
+            raise ValueError(f"wkv6: {name} must be {r.dtype} as r is, not {x.dtype}")
+    if log_w.dtype not in (r.dtype, compute):
+        raise ValueError(f"wkv6: log_w must be {r.dtype} as r is, or {compute}, not {log_w.dtype}")
+    for name, x in (("u", u), ("state", state)):
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"wkv6: {name} must be a floating-point tensor, not {x.dtype}")
+    for name, x in (("r", r), ("k", k), ("v", v), ("log_w", log_w), ("u", u), ("state", state)):
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"wkv6: {name} must be contiguous, but its strides are {x.stride()}; call .contiguous()")
+    if op in ("cpu", "cuda") and r.device.type != op:
+        raise ValueError(f"wkv6: op={op!r} needs tensors on {op}, but r is on {r.device}")
+    if op == "auto" and r.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"wkv6: there is no kernel for {r.device.type}; use op='torch'")
+    return compute
+
+
+@torch.library.custom_op("rwkv_bone::wkv6", mutates_args=())
+def _wkv6(
+    r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(r.device).forward(r, k, v, log_w, u, state, save)
+
+
+@_wkv6.register_fake
+def _(r, k, v, log_w, u, state, save):
+    B, T, H, N = r.shape
+    saved = _kernels(r.device).saved_shape(B, T, H, N) if save else (0,)
+    return torch.empty_like(r), u.new_empty(B, H, N, N), u.new_empty(saved)
+
+
+@torch.library.custom_op("rwkv_bone::wkv6_backward", mutates_args=())
+def _wkv6_backward(
+    r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, saved: Tensor, gy: Tensor, gfinal: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _kernels(r.device).backward(r, k, v, log_w, u, saved, gy, gfinal)
+
+
+@_wkv6_backward.register_fake
+def _(r, k, v, log_w, u, saved, gy, gfinal):
+    B, _, H, N = r.shape
+    return (*map(torch.empty_like, (r, k, v, log_w, u)), u.new_empty(B, H, N, N))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    r, k, v, log_w, u, state, _save = inputs
+    ctx.set_materialize_grads(False)
+    ctx.has_state = state is not None
+    ctx.save_for_backward(r, k, v, log_w, u, output[2])
+
+
+def _autograd(ctx, gy: Tensor | None, gfinal: Tensor | None, _gsaved):
+    r, k, v, log_w, u, saved = ctx.saved_tensors
+    gy = torch.zeros_like(r) if gy is None else gy.contiguous()
+    gfinal = None if gfinal is None else gfinal.contiguous()
+    *grads, gstate = _wkv6_backward(r, k, v, log_w, u, saved, gy, gfinal)
+    return *grads, gstate if ctx.has_state else None, None
+
+
+_wkv6.register_autograd(_autograd, setup_context=_setup_context)
