@@ -1,0 +1,275 @@
+"""Text <-> tokens: bytes, the RWKV World vocabulary, or a tokenizer.json.
+
+    tokenizer = open_tokenizer("auto", vocab_size=65536)
+    tokenizer.encode(text) -> ids;   tokenizer.decode(ids) -> text, for any ids;   tokenizer.end: the ids that end a document
+
+World is greedy: at each place the longest entry of the vocabulary that fits, over the bytes of UTF-8. Its file has a line
+"id literal length" for each entry, ids from 1; 0 is not in it and ends a document. The file is part of the packages
+pyrwkv-tokenizer and rwkv, of which we use whichever is installed; pyrwkv-tokenizer also does the work 6 to 20 times faster.
+"""
+
+import ast
+import codecs
+import hashlib
+import importlib.util
+import os
+
+from rwkv_bone.errors import UserError
+
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
+WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"  # with \n line ends
+UNKNOWN = "\ufffd"
+
+
+class Tokenizer:
+    """What the tokenizers share. `encoding` is that of the bytes which `decode_bytes` gives."""
+
+    encoding = "utf-8"
+    vocab_size: int
+    end: tuple[int, ...] = (0,)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, without an end. UserError for text that is no Unicode (lone surrogates)."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids) -> bytes:
+        """Bytes of any sequence of ids. An id that means nothing gives U+FFFD, the end of a document nothing."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """Text of any sequence of ids; what is no text (half a character, an unknown id) becomes U+FFFD."""
+        return self.decode_bytes(ids).decode(self.encoding, "replace")
+
+    def stream(self):
+        """A function for text as it is sampled: id -> the text that is complete with it, often ""; None -> the rest."""
+        decoder = codecs.getincrementaldecoder(self.encoding)("replace")
+        return lambda token: decoder.decode(b"" if token is None else self.decode_bytes([token]), token is None)
+
+    def _bytes(self, text: str) -> bytes:
+        try:
+            return text.encode(self.encoding)
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise UserError(f"character {error.start} is U+{code:04X}, half of a surrogate pair; remove it") from None
+
+
+class ByteTokenizer(Tokenizer):
+    """Bytes as tokens, for vocabularies of 256 and 257.
+
+    257: id = byte + 1, and 0 ends a document: any text has an encoding.
+    256: id = byte; no id is left over, so the character U+0000 ends a document: one 0 in utf-8, two in utf-16-le. Text that
+    holds U+0000 itself is refused. (Models whose training stream was 16-bit values take utf-16-le.)
+    """
+
+    def __init__(self, vocab_size: int = 256, encoding: str = "utf-8"):
+        if vocab_size not in (256, 257):
+            raise UserError(f"bytes make a vocabulary of 256 or 257, not {vocab_size}")
+        if encoding not in ("utf-8", "utf-16-le"):
+            raise UserError(f"encoding {encoding!r}: a byte tokenizer has utf-8 or utf-16-le")
+        self.vocab_size, self.encoding = vocab_size, encoding
+        self._shift = vocab_size - 256
+        if vocab_size == 256:
+            self.end = tuple("\0".encode(encoding))
+
+    def encode(self, text: str) -> list[int]:
+        if not self._shift and "\0" in text:
+            raise UserError("the text holds U+0000, which ends a document where the vocabulary is 256; remove it")
+        return self.encode_bytes(self._bytes(text))
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        return [byte + self._shift for byte in data]
+
+    def decode_bytes(self, ids) -> bytes:
+        unknown, top = UNKNOWN.encode(self.encoding), 255 + self._shift
+        if self._shift:
+            return b"".join(bytes([i - 1]) if 0 < i <= top else b"" if i == 0 else unknown for i in map(int, ids))
+        return b"".join(bytes([i]) if 0 <= i <= top else unknown for i in map(int, ids))
+
+    def decode(self, ids) -> str:
+        text = super().decode(ids)
+        return text if self._shift else text.replace("\0", "")
+
+
+class WorldTokenizer(Tokenizer):
+    """The RWKV World vocabulary, 65536 ids of which 65529 are in the file.
+
+    vocab_file   rwkv_vocab_v20230424.txt, or another file of its format (then tokenized in Python);
+                 None looks for it in the installed packages
+    fast         whether pyrwkv-tokenizer encodes text; the tokens are the same
+    """
+
+    def __init__(self, vocab_file=None, vocab_size: int = 65536, fast: bool | None = None):
+        self.vocab_file = os.fspath(vocab_file) if vocab_file else _find_world_file()
+        self.vocab_size = vocab_size
+        self._entries, digest = _read_vocabulary(self.vocab_file)
+        self._ids = {entry: i for i, entry in self._entries.items()}
+        _check_top(max(self._entries), vocab_size, self.vocab_file)
+        # Which lengths to try, longest first, by the first three bytes (one and two where no longer entry begins so).
+        lengths = {}
+        for entry in self._ids:
+            if len(entry) > 2:
+                lengths.setdefault(entry[:3], {1, 2}).add(len(entry))
+        self._lengths = {start: sorted(n, reverse=True) for start, n in lengths.items()}
+        self._rust = None
+        if fast is not False and digest == WORLD_SHA256 and importlib.util.find_spec("pyrwkv_tokenizer"):
+            from pyrwkv_tokenizer import RWKVTokenizer
+
+            self._rust = RWKVTokenizer()
+        self.fast = self._rust is not None
+        if fast and not self.fast:
+            raise UserError("fast tokenizing needs pyrwkv-tokenizer and its own vocabulary; pip install pyrwkv-tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        if not self.fast:
+            return self.encode_bytes(self._bytes(text))
+        try:
+            return self._rust.encode(text)
+        except UnicodeEncodeError:
+            return self.encode_bytes(self._bytes(text))  # raises, in our words
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Tokens of any bytes, whether UTF-8 or not."""
+        ids, lengths, short = self._ids, self._lengths, (2, 1)
+        out, at, end = [], 0, len(data)
+        while at < end:
+            for n in lengths.get(data[at : at + 3], short):
+                token = ids.get(data[at : at + n])
+                if token is not None:  # every single byte is an entry, so one of the lengths fits
+                    break
+            out.append(token)
+            at += len(self._entries[token])
+        return out
+
+    def decode_bytes(self, ids) -> bytes:
+        entries, unknown = self._entries, UNKNOWN.encode()
+        return b"".join(entries.get(i, unknown) if i else b"" for i in map(int, ids))
+
+    def __reduce__(self):
+        return WorldTokenizer, (self.vocab_file, self.vocab_size, self.fast)
+
+
+class TokenizersTokenizer(Tokenizer):
+    """A tokenizer.json, by the `tokenizers` package. No special tokens are added; token 0 ends a document, as in RWKV's data."""
+
+    def __init__(self, path, vocab_size: int):
+        from tokenizers import Tokenizer as Backend
+
+        self.path = os.fspath(path)
+        try:
+            self._backend = Backend.from_file(self.path)
+        except Exception as error:  # the package raises no narrower class
+            raise UserError(f"{self.path} is no tokenizer.json: {str(error).splitlines()[0]}") from None
+        _check_top(max(self._backend.get_vocab(with_added_tokens=True).values(), default=0), vocab_size, self.path)
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        self._bytes(text)  # refuses what is no Unicode
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        runs, known = [], []  # ids the tokenizer knows decode together, others one by one to U+FFFD
+        for i in map(int, ids):
+            if 0 < i < self.vocab_size and self._backend.id_to_token(i) is not None:
+                known.append(i)
+            else:
+                runs += [self._backend.decode(known, skip_special_tokens=False), UNKNOWN if i else ""]
+                known = []
+        return "".join([*runs, self._backend.decode(known, skip_special_tokens=False)])
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode()
+
+    def stream(self):
+        ids, shown = [], 0
+
+        def step(token):
+            nonlocal shown
+            if token is not None:
+                ids.append(token)
+            text = self.decode(ids)
+            if token is not None and text.endswith(UNKNOWN):  # perhaps half a character
+                return ""
+            new, shown = text[shown:], len(text)
+            return new
+
+        return step
+
+    def __reduce__(self):
+        return TokenizersTokenizer, (self.path, self.vocab_size)
+
+
+def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None, encoding: str = "utf-8") -> Tokenizer:
+    """The tokenizer for a model of `vocab_size`.
+
+    spec        "byte", "world", a path to a tokenizer.json, or "auto": bytes for 256 and 257, World for 65536
+    vocab_file  the World vocabulary, where no installed package has it
+    encoding    of bytes: "utf-8" or "utf-16-le"
+    """
+    spec = os.fspath(spec or "auto")
+    if spec == "auto":
+        spec = {256: "byte", 257: "byte", 65536: "world"}.get(vocab_size)
+        if spec is None:
+            raise UserError(f"no tokenizer is known for a vocabulary of {vocab_size}; give --tokenizer PATH/tokenizer.json")
+    if spec == "byte":
+        return ByteTokenizer(vocab_size, encoding)
+    if spec == "world":
+        return WorldTokenizer(vocab_file, vocab_size)
+    if not os.path.isfile(spec):
+        raise UserError(f"--tokenizer {spec}: no such file; give auto, byte, world or a path to a tokenizer.json")
+    return TokenizersTokenizer(spec, vocab_size)
+
+
+def _check_top(top: int, vocab_size: int, path: str) -> None:
+    if top >= vocab_size:
+        raise UserError(f"{path} has ids up to {top}, but the model's vocabulary is {vocab_size}: take its own tokenizer")
+
+
+def _find_world_file() -> str:
+    for package in ("pyrwkv_tokenizer", "rwkv"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            path = os.path.join(folder, WORLD_FILE)
+            if os.path.isfile(path):
+                return path
+    raise UserError(f"the World vocabulary is not here: pip install pyrwkv-tokenizer, or give --vocab_file {WORLD_FILE}")
+
+
+def _read_vocabulary(path: str) -> tuple[dict[int, bytes], str]:
+    """Entries by id, and the sha256 of the file with \\n line ends. Literals are read as literals, never run."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read().replace(b"\r\n", b"\n")
+        lines = [line for line in data.decode().split("\n") if line]
+    except OSError as error:
+        raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no World vocabulary: it is not UTF-8 text") from None
+    try:
+        literals = ast.literal_eval("[" + ",".join(line[line.index(" ") : line.rindex(" ")] for line in lines) + "]")
+        if len(literals) != len(lines):
+            raise ValueError
+        entries = {int(line[: line.index(" ")]): _entry(x, line) for line, x in zip(lines, literals)}
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise UserError(f"{path} is no World vocabulary: {_bad_line(lines)}") from None
+    if len(entries) != len(lines) or len(set(entries.values())) != len(lines) or min(entries, default=1) < 1:
+        raise UserError(f"{path} is no World vocabulary: ids and entries must differ from each other, ids begin at 1")
+    if not {bytes([i]) for i in range(256)} <= set(entries.values()):
+        raise UserError(f"{path} is no World vocabulary: some single bytes are missing")
+    return entries, hashlib.sha256(data).hexdigest()
+
+
+def _entry(literal, line: str) -> bytes:
+    entry = literal.encode() if isinstance(literal, str) else literal
+    if not isinstance(entry, bytes) or len(entry) != int(line[line.rindex(" ") :]) or not entry:
+        raise ValueError
+    return entry
+
+
+def _bad_line(lines: list[str]) -> str:
+    for number, line in enumerate(lines, 1):
+        try:
+            _entry(ast.literal_eval(line[line.index(" ") : line.rindex(" ")].strip()), line)
+            int(line[: line.index(" ")])
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return f"line {number} is not 'id literal length'"
+    return "its lines are not 'id literal length'"
