@@ -1,0 +1,24 @@
+# make demo: environment + train, merge and sample on what the clone holds. make test: environment + all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,plot,test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m rwkv_bone.demo out/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) out

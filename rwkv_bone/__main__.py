@@ -1,0 +1,38 @@
+"""`rwkv-bone COMMAND ...` and `python -m rwkv_bone COMMAND ...`: every program of the package under one name."""
+
+import importlib
+import sys
+
+from .errors import UserError, run
+
+COMMANDS = {
+    "train": ("rwkv_bone.training.run", "fine-tune, or train from scratch"),
+    "merge": ("rwkv_bone.merging", "base + adapter -> standard .pth"),
+    "generate": ("rwkv_bone.generate", "sample, or chat"),
+    "evaluate": ("rwkv_bone.evaluate", "GSM8K, MATH, loss"),
+    "data": ("rwkv_bone.data.jsonl_to_binidx", "jsonl -> binidx"),
+    "plot": ("rwkv_bone.plot", "loss curves as a picture"),
+    "doctor": ("rwkv_bone.doctor", "what this machine can do"),
+    "demo": ("rwkv_bone.demo", "train, merge and sample a small model"),
+}
+
+
+def main() -> int:
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: rwkv-bone COMMAND ...\n")
+        for command, (_, text) in COMMANDS.items():
+            print(f"  {command:10} {text}")
+        print("\nrwkv-bone COMMAND --help tells a command's flags")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+    return importlib.import_module(COMMANDS[name][0]).main(argv) or 0
+
+
+def console() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    console()

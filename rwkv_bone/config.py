@@ -1,0 +1,266 @@
+"""The command line of train.py as one frozen dataclass: every flag, its meaning, and the community's names for it.
+
+What a file knows (sizes of the model, dtype of the data) no flag asks; where such a flag is given, it must agree with the file.
+"""
+
+import argparse
+import difflib
+import json
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .errors import UserError
+from .models import VERSIONS
+from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
+from .peft.community import method_from_community
+
+# Flags of RWKV-LM and RWKV-PEFT that mean nothing here: accepted at the values their scripts pass, refused at any other.
+LEGACY: dict[str, tuple[str, ...]] = {
+    "pre_ffn": ("0",),
+    "head_qk": ("0",),
+    "tiny_att_dim": ("0",),
+    "tiny_att_layer": ("-999",),
+    "my_pile_version": ("1",),
+    "my_pile_stage": ("0",),
+    "my_pile_shift": ("-1", "0"),
+    "my_pile_edecay": ("0",),
+    "my_sample_len": ("0",),
+    "my_ffn_shift": ("1",),
+    "my_att_shift": ("1",),
+    "my_pos_emb": ("0",),
+    "my_qa_mask": ("0",),
+    "my_random_steps": ("0",),
+    "my_exit": ("99999999",),
+    "my_exit_tokens": ("0",),
+    "load_partial": ("0",),
+    "magic_prime": ("0",),
+    "head_size_divisor": ("8",),
+    "weight_decay_final": ("-1",),
+    "dropout": ("0", "0.0"),
+    "optim": ("none", "adam"),
+    "avg_loss": ("0",),
+    "enable_progress_bar": ("True",),
+}
+
+PRECISIONS = {
+    "auto": "auto",
+    "bf16": "bf16",
+    "bf16-true": "bf16",
+    "bf16-mixed": "bf16",
+    "fp32": "fp32",
+    "32": "fp32",
+    "32-true": "fp32",
+    "tf32": "tf32",
+}
+STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{s}" for s in ("1", "2", "2_offload", "3", "3_offload")))
+
+
+AT_LEAST = {
+    1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a",
+    0: "vocab_size n_layer n_embd dim_att dim_ffn epoch_begin epoch_steps warmup_steps save_every_steps save_every_minutes "
+    "lr_init weight_decay grad_clip adam_eps threads",
+}
+
+
+def hint(near: list[str]) -> str:
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def flag(default: Any, group: str, help: str, choices=None, **more) -> Any:
+    """A field of the configuration that is a flag of the command line. A list's default is given as a tuple."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices, **more})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Each field is the flag `--name`; sizes of 0 mean "as the file has it", or the default of a new model."""
+
+    load_model: str = flag("", "model", "RWKV-6 .pth to train; \"\" makes a new model of --n_layer, --n_embd, --vocab_size")
+    my_testing: str = flag("x060", "model", "model version", choices=tuple(VERSIONS))
+    vocab_size: int = flag(0, "model", "vocabulary; checked against the file")
+    n_layer: int = flag(0, "model", "layers; checked against the file")
+    n_embd: int = flag(0, "model", "embedding size; checked against the file")
+    dim_att: int = flag(0, "model", "time-mix size; checked against the file")
+    dim_ffn: int = flag(0, "model", "channel-mix size; checked against the file")
+    head_size_a: int = flag(64, "model", "head size of a new model")
+    op: str = flag("auto", "model", "WKV6 kernel; torch needs no compiler", choices=("auto", "cuda", "cpu", "torch"))
+
+    data_file: str = flag("", "data", "binidx prefix, or .jsonl files (comma-separated, globs, .gz)")
+    data_type: str = flag("binidx", "data", "what data_file is", choices=("binidx", "jsonl"))
+    ctx_len: int = flag(512, "data", "longest piece of a document in one sample, in tokens")
+    dataload: str = flag(
+        "pad",
+        "data",
+        "samples: pad (a document each, cut), only (a document a batch, cut), get (random slices, RWKV-LM's order), "
+        "chunk (long documents in pieces, nothing cut), pack (short documents share a row)",
+        choices=("pad", "only", "get", "chunk", "pack"),
+    )
+    loss_mask: str = flag(
+        "answer",
+        "data",
+        "which tokens of a jsonl are trained: answer (of pairs and chats; all of plain text), all or pad (every real token)",
+        choices=("answer", "all", "pad", "none"),
+    )
+    data_shuffle: bool = flag(True, "data", "new order in each epoch")
+    tokenizer: str = flag("auto", "data", "for jsonl: auto (by vocabulary size), byte, world, or a tokenizer.json")
+    vocab_file: str = flag("", "data", "World vocabulary file; default: that of the installed pyrwkv-tokenizer or rwkv package")
+    encoding: str = flag("utf-8", "data", "text encoding of the byte tokenizer", choices=("utf-8", "utf-16-le"))
+
+    peft: str = flag("bone", "method", f"{', '.join(METHODS)}, or none: the whole model trains")
+    parts: tuple[str, ...] = flag(PROJECTIONS, "method", "projections that get an adapter: att, ffn, att.key, ...")
+    train_parts: tuple[str, ...] = flag((), "method", f"parts trained in full beside it: {', '.join(TRAIN_PARTS)}")
+    peft_checkpoint: str = flag("", "method", "adapter .pth to start from")
+    peft_options: dict[str, Any] = field(default_factory=dict)  # r, alpha, ...: a flag each, those that the method has
+
+    micro_bsz: int = flag(8, "training", "samples a device takes at once")
+    accumulate_grad_batches: int = flag(1, "training", "micro batches a step")
+    epoch_count: int = flag(1, "training", "passes over the data")
+    epoch_begin: int = flag(0, "training", "number of the first epoch, in file names")
+    epoch_steps: int = flag(0, "training", "cap on the steps of an epoch; 0: all the data")
+    lr_init: float = flag(2e-5, "training", "learning rate after the warm-up")
+    lr_final: float = flag(-1.0, "training", "learning rate at the end; default: lr_init")
+    lr_schedule: str = flag(
+        "exp", "training", "from lr_init to lr_final", choices=("exp", "cos", "wsd", "linear", "constant")
+    )
+    warmup_steps: int = flag(0, "training", "steps in which the rate rises from a hundredth")
+    layerwise_lr: int = flag(1, "training", "1: time_decay learns at twice the rate")
+    beta1: float = flag(0.9, "training", "Adam")
+    beta2: float = flag(0.99, "training", "Adam")
+    adam_eps: float = flag(1e-8, "training", "Adam")
+    weight_decay: float = flag(0.0, "training", "AdamW, on matrices only")
+    grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
+    l2wrap: bool = flag(True, "training", "RWKV's pull on each position's largest logit")
+    random_seed: int = flag(0, "training", "seed of data order, dropout and new tensors; -1: a new one each time")
+
+    accelerator: str = flag("auto", "devices", "auto takes a GPU if there is one", choices=("auto", "gpu", "cuda", "cpu"))
+    devices: str = flag("auto", "devices", "number of devices; auto: all GPUs, or one CPU process")
+    num_nodes: int = flag(1, "devices", "machines")
+    strategy: str = flag("auto", "devices", "engine", choices=STRATEGIES)
+    precision: str = flag("auto", "devices", "auto: bf16 on GPUs, fp32 on CPU", choices=tuple(PRECISIONS))
+    grad_cp: bool = flag(False, "devices", "recompute blocks in backward: less memory, about a third more time")
+    threads: int = flag(0, "devices", "CPU threads; 0: torch's choice")
+
+    proj_dir: str = flag("out", "output", "folder for adapters, checkpoints and logs")
+    epoch_save: int = flag(1, "output", "write rwkv-N.pth every so many epochs; the last is always written")
+    save_every_steps: int = flag(0, "output", "write a step checkpoint every so many steps; 0: at the end of epochs only")
+    save_every_minutes: float = flag(10.0, "output", "and every so many minutes; 0: never")
+    keep_last: int = flag(2, "output", "step checkpoints to keep")
+    resume: str = flag("", "output", "auto: go on from the newest checkpoint in proj_dir, or start if there is none")
+    overwrite: bool = flag(False, "output", "start anew in a proj_dir that holds a run")
+    dry_run: bool = flag(False, "output", "print what would happen, and end")
+
+    def __post_init__(self):
+        for low, names in AT_LEAST.items():
+            for name in names.split():
+                if not getattr(self, name) >= low:
+                    raise UserError(f"--{name} must be at least {low}, not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
+        if not self.data_file:
+            raise UserError("--data_file is missing: the prefix of a .bin/.idx pair, or .jsonl files with --data_type jsonl")
+        if self.resume not in ("", "auto"):
+            raise UserError(f"--resume takes auto, not {self.resume!r}")
+        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+            raise UserError(f"--devices takes a number of devices or auto, not {self.devices!r}")
+        if self.layerwise_lr not in (0, 1):
+            raise UserError(f"--layerwise_lr takes 0 or 1, not {self.layerwise_lr}")
+        if self.peft == "none" and (self.train_parts or self.peft_options or self.peft_checkpoint):
+            raise UserError("--peft none trains the whole model: --train_parts, --peft_checkpoint and options need a method")
+        if self.peft not in ("none", *METHODS):
+            near = difflib.get_close_matches(self.peft, METHODS, 1)
+            raise UserError(f"--peft {self.peft}: unknown; there are none, {', '.join(METHODS)}" + hint(near))
+        if self.peft != "none":
+            METHODS[self.peft].config_from(self.peft_options, self.peft)  # refuses what the method does not have
+
+    @classmethod
+    def from_argv(cls, argv: list[str] | None = None) -> "TrainConfig":
+        """Parse a command line; UserError, in one line, for whatever it cannot take."""
+        parser, method_options = make_parser()
+        given = vars(parser.parse_args(argv))
+        for name, usual in LEGACY.items():
+            value = given.pop(name)
+            if value is not None and value not in usual:
+                raise UserError(f"--{name} {value}: has no meaning here and is taken only at its usual value {usual[0]}")
+        for name in ("parts", "train_parts"):
+            if name in given:
+                given[name] = words(given[name])
+        options = {name: given.pop(name) for name in method_options if name in given}
+        configs = {name: given.pop(name) for name in COMMUNITY_CONFIGS if name in given}
+        method, from_config, load, _ = method_from_community(given.get("peft", "bone"), configs)
+        given["peft"] = method
+        given["peft_options"] = {**from_config, **options}
+        if load:
+            given.setdefault("peft_checkpoint", load)
+        given["precision"] = PRECISIONS[given.get("precision", "auto")]
+        config = cls(**given)
+        return config if config.lr_final >= 0 else replace(config, lr_final=config.lr_init)
+
+    def to_json(self) -> str:
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, indent=1)
+
+
+COMMUNITY_CONFIGS = ("bone_config", "lora_config", "pissa_config", "disha_config", "peft_config")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            name = message.split(": ", 1)[1].split()[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            message = f"unknown flag {name}" + (hint(near) or "; see --help")
+        raise UserError(message)
+
+
+def make_parser() -> tuple[Parser, list[str]]:
+    """The parser, and the names of the flags that are options of methods."""
+    parser = Parser(
+        prog="train.py",
+        description="Fine-tune an RWKV-6 model with Bone or another method, or train one in full.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups = {name: parser.add_argument_group(name) for name in ("model", "data", "method", "training", "devices", "output")}
+    for f in fields(TrainConfig):
+        if "group" in f.metadata:
+            add_flag(groups[f.metadata["group"]], f.name, f.default, f.metadata["help"], f.metadata["choices"])
+    options: dict[str, tuple[Any, str, list[str]]] = {}
+    for method, layer in METHODS.items():
+        for f in fields(layer.Config):
+            options.setdefault(f.name, (f.default, f.metadata.get("help", ""), []))[2].append(method)
+    for name, (default, text, methods) in options.items():
+        add_flag(groups["method"], name, default, f"{text} [{', '.join(methods)}]")
+    for name in COMMUNITY_CONFIGS:
+        groups["method"].add_argument(f"--{name}", metavar="JSON", help="the same options as RWKV-PEFT writes them")
+    for name in LEGACY:
+        parser.add_argument(f"--{name}", default=None, help=argparse.SUPPRESS)
+    return parser, list(options)
+
+
+def add_flag(group, name: str, default: Any, text: str, choices=None) -> None:
+    kind = type(default)
+    shown = " ".join(default) if kind is tuple else default
+    more: dict[str, Any] = {"help": f"{text} (default: {shown if shown != '' else '-'})".replace("%", "%%")}
+    if kind is bool:
+        more.update(type=truth, nargs="?", const=True, metavar="0|1")
+    elif kind is tuple:
+        more.update(nargs="*", metavar=name.upper()[:-1])
+    else:
+        more.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
+    group.add_argument(f"--{name}", **more)
+
+
+def truth(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"takes 0 or 1, not {text!r}")
+
+
+def words(values: list[str]) -> tuple[str, ...]:
+    """Names given as words, with commas, or as a list in the scripts' way: `att ffn`, `att,ffn`, `[]`, `["time", "ln"]`."""
+    return tuple(word for value in values for word in value.translate(str.maketrans("[]\"',", "     ")).split())

@@ -1,0 +1,218 @@
+"""From a model with its adapters, data and a configuration to a finished run: what is said before, the engine, resuming."""
+
+import contextlib
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import TrainConfig
+from ..errors import UserError
+from ..models.x060 import RWKV
+from ..peft import METHODS, adapters
+from . import resume
+from .memory import estimate, in_words
+
+
+def device_type(config: TrainConfig) -> str:
+    """cuda or cpu, by `--accelerator` and what is there."""
+    there = torch.cuda.is_available()
+    if config.accelerator == "cpu" or (config.accelerator == "auto" and not there):
+        return "cpu"
+    if not there:
+        raise UserError(f"--accelerator {config.accelerator}: this torch sees no GPU; use --accelerator cpu or auto")
+    return "cuda"
+
+
+def precision(config: TrainConfig) -> str:
+    """bf16, tf32 or fp32."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device_type(config) == "cuda" else "fp32"
+
+
+def base_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype in which the base is kept and activations flow; adapters are float32 in any case."""
+    return torch.bfloat16 if precision(config) == "bf16" else torch.float32
+
+
+def trained_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What trains: part (`att.key`, `emb`, `time`, ...) -> (tensors, parameters)."""
+    parts: dict[str, tuple[int, int]] = {}
+    layers = adapters(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            path = name.split(".")
+            owner = name.rpartition(".")[0]
+            part = ".".join(owner.split(".")[2:]) if owner in layers and path[0] == "blocks" else name_of_part(path)
+            count, size = parts.get(part, (0, 0))
+            parts[part] = (count + 1, size + p.numel())
+    return parts
+
+
+def name_of_part(path: list[str]) -> str:
+    """`att.key` of blocks.3.att.key.weight, `time` of its time_* parameters, `ln` of its norms, else the first component."""
+    if path[0] != "blocks":
+        return "ln" if path[0].startswith("ln") else path[0]
+    if path[2].startswith("ln") or path[3].startswith("ln"):
+        return "ln"
+    return "time" if path[3].startswith("time_") else ".".join(path[2:4])
+
+
+def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
+    """All that a person wants to know before the first step."""
+    c = model.config
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = data.steps_per_epoch(world)
+    device = device_type(config)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        f"model      {config.load_model or 'new'}: RWKV-6 (x060), {c.n_layer} layers, n_embd {c.n_embd}, dim_att {c.dim_att}, "
+        f"{c.n_head} heads of {c.head_size}, dim_ffn {c.dim_ffn}, vocabulary {c.vocab_size}, {total:,} parameters",
+        *(f"data       {line}" for line in data.describe()),
+        f"steps      {steps * config.epoch_count:,} = {config.epoch_count} epochs of {steps:,}; a step takes "
+        f"{config.micro_bsz} samples x {config.accumulate_grad_batches} micro batches x {world} devices",
+    ]
+    if config.peft == "none":
+        lines.append("method     none: the whole model trains")
+    else:
+        lines.append(f"method     {config.peft}: {METHODS[config.peft].formula}; {options_text(config)}")
+    lines.append(f"trains     {trained:,} parameters, {100 * trained / total:.2f}% of {total:,}")
+    lines += [f"           {part:16} {n:4} tensors {size:14,}" for part, (n, size) in trained_by_part(model).items()]
+    schedule = f"{config.lr_schedule}, {config.lr_init:g} to {config.lr_final:g}, {config.warmup_steps} warm-up steps"
+    lines.append(f"rate       {schedule}")
+    lines.append(f"device     {world} x {name}, {precision(config)}, engine {config.strategy}, WKV6 kernel {config.op}")
+    parts = estimate(model, c, data.tokens_in_micro_batch(), config.micro_bsz, config.grad_cp)
+    detail = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    lines.append(f"memory     about {in_words(sum(parts.values()))} a device: {detail}")
+    last = config.epoch_begin + config.epoch_count - 1
+    lines.append(f"files      {Path(config.proj_dir) / f'rwkv-{last}.pth'} and before it every {config.epoch_save} epochs; "
+                 f"checkpoints, train_log.txt, loss_data.jsonl and metrics beside it")  # fmt: skip
+    return "\n".join(lines)
+
+
+def options_text(config: TrainConfig) -> str:
+    layer = METHODS[config.peft]
+    return ", ".join(f"{k}={v}" for k, v in vars(layer.config_from(config.peft_options, config.peft)).items())
+
+
+def prepare_folder(config: TrainConfig) -> None:
+    """Refuse to mix two runs in one folder; make it."""
+    folder = Path(config.proj_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--proj_dir {folder}: cannot be written ({error.strerror})") from None
+    if config.resume or config.overwrite:
+        return
+    old = [*sorted(folder.glob("rwkv-*.pth")), *resume.folder(folder).glob("step-*.ckpt")]
+    if old:
+        raise UserError(f"{folder} holds a run ({old[0].name}): --resume auto goes on with it, --overwrite replaces it")
+
+
+def fit(model: RWKV, data, config: TrainConfig) -> bool:
+    """Train what of `model` requires a gradient on `data`, and leave the files that records.py names in proj_dir.
+
+    Returns whether the run came to its end (and was not stopped by a signal).
+    """
+    import lightning as L
+    from lightning.pytorch.loggers import CSVLogger
+
+    from .module import FineTune
+    from .records import Records
+
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("nothing trains: no adapter was put on the model and no part of it is trained in full")
+    quiet_lightning()
+    model.grad_cp = config.grad_cp
+    model.op = config.op
+    trainer = L.Trainer(
+        accelerator="gpu" if device_type(config) == "cuda" else "cpu",
+        devices=device_count(config),
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(config),
+        precision="32-true",  # dtypes are the model's own: base in base_dtype, adapters float32
+        max_epochs=1,  # the loader runs through all epochs
+        logger=CSVLogger(config.proj_dir, name="metrics"),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    world = trainer.world_size
+    geometry = {"devices": world, "samples": data.samples, **{name: getattr(config, name) for name in GEOMETRY}}
+    module = FineTune(model, data, config)
+    records = Records(config, geometry)
+    if trainer.is_global_zero:
+        prepare_folder(config)
+        print(describe(model, data, config, world), flush=True)
+    if config.dry_run:
+        return True
+    state = resume.newest_state(config.proj_dir) if config.resume else None
+    if state is not None:
+        go_on(module, state, geometry, config)
+        if trainer.is_global_zero:
+            print(f"resuming   after step {module.step}", flush=True)
+        if module.step >= data.steps_per_epoch(world) * config.epoch_count:
+            print("resuming   nothing to do: the run is complete", flush=True)
+            return True
+    elif trainer.is_global_zero:
+        start_anew(config)
+    model.train()
+    trainer.fit(module)
+    return not records.interrupted
+
+
+# what decides which samples a step holds: a run can only go on with the same
+GEOMETRY = ("micro_bsz", "accumulate_grad_batches", "ctx_len", "dataload", "data_shuffle", "random_seed", "epoch_steps")
+
+
+def go_on(module, state: dict, geometry: dict, config: TrainConfig) -> None:
+    """Put a checkpoint's state into the run, and cut the loss log to where it stood."""
+    for name, value in state["geometry"].items():
+        if geometry[name] != value:
+            raise UserError(f"--resume: the run was begun with {name} {value}, not {geometry[name]}; give what it began with")
+    resume.restore_trained(module.model, state["trained"])
+    module.step = state["step"]
+    module.restored = state
+    with contextlib.suppress(FileNotFoundError):
+        os.truncate(Path(config.proj_dir) / "loss_data.jsonl", state["log_bytes"])
+
+
+def start_anew(config: TrainConfig) -> None:
+    """Remove what an older run of this folder left (--overwrite), so that logs and checkpoints are of one run."""
+    folder = Path(config.proj_dir)
+    for path in (*folder.glob("rwkv-*.*"), *resume.folder(folder).glob("step-*.ckpt")):
+        path.unlink()
+    for name in ("loss_data.jsonl", "train_log.txt"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "config.json").write_text(config.to_json())
+
+
+def device_count(config: TrainConfig) -> int:
+    if config.devices != "auto":
+        return int(config.devices)
+    return torch.cuda.device_count() if device_type(config) == "cuda" else 1
+
+
+def make_strategy(config: TrainConfig):
+    """Lightning's engine for `--strategy`."""
+    many = device_count(config) * config.num_nodes > 1
+    if config.strategy == "auto":
+        return "ddp" if many else "auto"
+    return config.strategy
+
+
+def quiet_lightning() -> None:
+    """Lightning's hints speak to its programmers; what our users need we print."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -1,0 +1,113 @@
+"""One optimiser step, as a LightningModule: micro batches forward and backward, clip, step, one line of record.
+
+Lightning's own accumulation is not used: it divides by the number of micro batches, which is right only where all hold
+equally many trained tokens. Here a "batch" is all micro batches of a step, and every token of the step weighs the same
+over micro batches and devices.
+"""
+
+import math
+import time
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..config import TrainConfig
+from ..errors import UserError
+from ..models.x060 import RWKV
+from .loss import cross_entropy_sum
+from .optimiser import make_optimiser
+from .schedule import learning_rate
+
+
+class StepRecord(NamedTuple):
+    """What one optimiser step did, over all devices."""
+
+    step: int  # from 1
+    epoch: int
+    loss: float  # mean cross entropy over the trained tokens, nats
+    lr: float
+    grad_norm: float  # before clipping
+    trained: int  # tokens with a loss
+    tokens: int  # real tokens, padding not counted
+    seconds: float
+
+
+class FineTune(L.LightningModule):
+    """Trains what of `model` requires a gradient. `data` gives loaders and the number of steps; see training/loader.py."""
+
+    def __init__(self, model: RWKV, data, config: TrainConfig):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.data = data
+        self.config = config
+        self.step = 0  # optimiser steps done
+        self.record: StepRecord | None = None
+        self.stop_requested = False  # on this device; agreed with the others at the end of each step
+        self.save_requested = False
+        self.stopping = self.saving = False  # agreed
+        self.restored: dict | None = None  # the checkpoint of a run that goes on
+
+    @property
+    def total_steps(self) -> int:
+        return self.data.steps_per_epoch(self.trainer.world_size) * self.config.epoch_count
+
+    def train_dataloader(self) -> DataLoader:
+        return self.data.loader(self.trainer.global_rank, self.trainer.world_size, self.step, self.total_steps)
+
+    def configure_optimizers(self):
+        optimiser = make_optimiser(self.model, self.config)
+        if self.restored is not None:
+            optimiser.load_state_dict(self.restored["optimiser"])
+        return optimiser
+
+    def on_train_start(self) -> None:
+        self.step_began = time.perf_counter()
+
+    def over_devices(self, values: list[float | Tensor]) -> list[float]:
+        """Sums over all devices; one exchange."""
+        tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
+
+    def training_step(self, micro_batches: list[dict[str, Tensor]], batch_idx: int) -> None:
+        config, world = self.config, self.trainer.world_size
+        optimiser = self.optimizers()
+        lr = learning_rate(
+            self.step, self.total_steps, config.lr_schedule, config.lr_init, config.lr_final, config.warmup_steps
+        )
+        for group in optimiser.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
+        trained, tokens = self.over_devices(
+            [sum((m["targets"] >= 0).sum() for m in micro_batches), sum(m["tokens"] for m in micro_batches)]
+        )
+        loss_sum = 0.0
+        for i, micro in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with self.trainer.strategy.block_backward_sync() if world > 1 and not last else torch.enable_grad():
+                hidden, _ = self.model.hidden(micro["idx"], reset=micro.get("reset"))
+                loss = cross_entropy_sum(hidden, self.model.head.weight, micro["targets"], config.l2wrap)
+                # devices average their gradients: times their number gives the sum
+                self.manual_backward(loss * (world / max(trained, 1)))
+            loss_sum += loss.detach()
+        loss_sum, stop, save = self.over_devices([loss_sum, float(self.stop_requested), float(self.save_requested)])
+        self.stopping, self.saving, self.save_requested = stop > 0, save > 0, False
+        loss_mean = loss_sum / max(trained, 1)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+        if not math.isfinite(loss_mean + grad_norm):
+            raise UserError(
+                f"step {self.step + 1}: loss {loss_mean}, gradient norm {grad_norm}, at learning rate {lr:.3g}; "
+                f"what was saved before is good: lower --lr_init or --grad_clip and go on with --resume auto"
+            )
+        optimiser.step()
+        optimiser.zero_grad()
+        self.step += 1
+        now = time.perf_counter()
+        epoch = config.epoch_begin + (self.step - 1) // self.data.steps_per_epoch(world)
+        self.record = StepRecord(
+            self.step, epoch, loss_mean, lr, grad_norm, int(trained), int(tokens), now - self.step_began
+        )
+        self.step_began = now

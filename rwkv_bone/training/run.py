@@ -1,0 +1,54 @@
+"""train.py's body: command line -> configuration -> model, data, adapter -> a finished run."""
+
+import torch
+
+from ..checkpoint import load_adapter, load_model
+from ..config import TrainConfig
+from ..errors import UserError
+from ..models.x060 import RWKV, ModelConfig
+from ..peft import METHODS, inject, train_parts
+from .fit import base_dtype, fit
+from .loader import TrainingData
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = TrainConfig.from_argv(argv)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.random_seed >= 0:
+        torch.manual_seed(config.random_seed)
+    model = make_model(config)
+    data = TrainingData.open(config, model.config.vocab_size)
+    adapt(model, config)
+    return 0 if fit(model, data, config) else 130
+
+
+def make_model(config: TrainConfig) -> RWKV:
+    """The model of --load_model, checked against the sizes that were given; or a new one."""
+    if config.load_model:
+        model = load_model(config.load_model, base_dtype(config))
+        for name in ("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn"):
+            asked, found = getattr(config, name), getattr(model.config, name)
+            if asked not in (0, found):
+                raise UserError(f"--{name} {asked} contradicts {config.load_model}, which has {found}; leave the flag out")
+        return model
+    if config.peft != "none":
+        raise UserError(f"--load_model is missing: --peft {config.peft} needs a base model (--peft none can begin a new one)")
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn")}
+    model = RWKV(ModelConfig.new(**sizes, head_size=config.head_size_a)).initialise()
+    return model.to(base_dtype(config))
+
+
+def adapt(model: RWKV, config: TrainConfig) -> None:
+    """Put the chosen adapter on the model, or an earlier one's values with it; the rest of the base is frozen."""
+    if config.peft == "none":
+        model.requires_grad_(True)
+        return
+    if config.peft_checkpoint:
+        info = load_adapter(model, config.peft_checkpoint)
+        if info["method"] != config.peft:
+            raise UserError(f"{config.peft_checkpoint} holds {info['method']}; --peft {config.peft} cannot start from it")
+    else:
+        method = METHODS[config.peft]
+        inject(model, method, method.config_from(config.peft_options, config.peft), config.parts)
+    train_parts(model, config.train_parts)
