@@ -1,0 +1,66 @@
+"""Compiles a .cu file for the CPU (cuda_shim.h), and what the tests of such kernels share: decays, guarded tensors."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parent
+CUDA = TESTS.parent / "cuda"
+MARGIN = 64  # elements before and after a guarded tensor
+
+
+def compile_for_cpu(source: Path, folder: Path, *flags: str) -> Path:
+    """The shared library made of `source` with the shim in place of CUDA. Warnings are errors."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    library = folder / f"{source.stem}.so"
+    # -ffp-contract=off: the same sums on every machine
+    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += ["-fPIC", "-shared", *flags, f"-I{TESTS}", f"-I{CUDA}", "-x", "c++", str(source), "-o", str(library)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return library
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A copy of x with NaN before and after: reading beyond it shows in the result, writing in `assert_guards_intact`."""
+    buffer = torch.full((x.numel() + 2 * MARGIN,), torch.nan, dtype=x.dtype, device=x.device)
+    view = buffer[MARGIN : MARGIN + x.numel()].view(x.shape)
+    return view.copy_(x)
+
+
+def guarded_nan(shape: tuple[int, ...], dtype: torch.dtype, device="cpu") -> Tensor:
+    """A guarded tensor for a kernel to fill: what it leaves out stays NaN."""
+    return guarded(torch.full(shape, torch.nan, dtype=dtype, device=device))
+
+
+def assert_guards_intact(*tensors: Tensor) -> None:
+    for x in tensors:
+        whole = x.as_strided((x.numel() + 2 * MARGIN,), (1,), x.storage_offset() - MARGIN)
+        assert whole[:MARGIN].isnan().all() and whole[-MARGIN:].isnan().all(), "written beyond a tensor's end"
+
+
+DECAYS = {"none": None, "normal": (-6.0, -0.5), "strong": (-6.0, 3.0), "extreme": (-6.0, 5.0)}  # ranges of log(-log_w)
+
+
+def make_log_w(decay: str, shape: tuple[int, ...]) -> Tensor:
+    """Random log-decays a step: none (0), normal (to -0.6), strong (to -20), extreme (to -148)."""
+    if DECAYS[decay] is None:
+        return torch.zeros(shape)
+    low, high = DECAYS[decay]
+    return -torch.exp(torch.rand(shape) * (high - low) + low)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative L2 error. Where nothing is wanted, the norm of what came."""
+    norm = want.norm().item()
+    return (got.double() - want).norm().item() / (norm if norm > 0 else 1.0)
