@@ -5,7 +5,8 @@
 
 World is greedy: at each place the longest entry of the vocabulary that fits, over the bytes of UTF-8. Its file has a line
 "id literal length" for each entry, ids from 1; 0 is not in it and ends a document. The file is part of the packages
-pyrwkv-tokenizer and rwkv, of which we use whichever is installed; pyrwkv-tokenizer also does the work 12 times faster (benchmarks/tokenizer.py).
+pyrwkv-tokenizer and rwkv, of which we use whichever is installed. pyrwkv-tokenizer also does the work itself, more than ten
+times faster than Python (benchmarks/tokenizer.py).
 """
 
 import ast
