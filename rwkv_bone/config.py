@@ -56,7 +56,7 @@ STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{s}" for s in ("1", "2", "2_off
 
 
 AT_LEAST = {
-    1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a",
+    1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a chunk_ctx",
     0: "vocab_size n_layer n_embd dim_att dim_ffn epoch_begin epoch_steps warmup_steps save_every_steps save_every_minutes "
     "lr_init weight_decay grad_clip adam_eps threads",
 }
@@ -129,6 +129,11 @@ class TrainConfig:
     adam_eps: float = flag(1e-8, "training", "Adam")
     weight_decay: float = flag(0.0, "training", "AdamW, on matrices only")
     grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
+    train_type: str = flag(
+        "none", "training", "infctx: samples of ctx_len in chunks of chunk_ctx with carried state", choices=("none", "infctx")
+    )
+    chunk_ctx: int = flag(512, "training", "tokens of a chunk with --train_type infctx")
+    truncate: bool = flag(False, "training", "infctx: no gradient across chunk borders; faster")
     l2wrap: bool = flag(True, "training", "RWKV's pull on each position's largest logit")
     random_seed: int = flag(0, "training", "seed of data order, dropout and new tensors; -1: a new one each time")
 

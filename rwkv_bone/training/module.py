@@ -5,8 +5,10 @@ equally many trained tokens. Here a "batch" is all micro batches of a step, and 
 over micro batches and devices.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import lightning as L
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV
+from .infctx import backward_in_chunks
 from .loss import cross_entropy_sum
 from .optimiser import make_optimiser
 from .schedule import learning_rate
@@ -72,6 +75,16 @@ class FineTune(L.LightningModule):
         tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
 
+    def backward_micro(self, micro: dict[str, Tensor], backward: Callable[[Tensor, bool], None]) -> Tensor:
+        """Gradients of one micro batch; returns its summed loss."""
+        config = self.config
+        if config.train_type == "infctx":
+            return backward_in_chunks(self.model, micro, config.chunk_ctx, config.truncate, config.l2wrap, backward)
+        hidden, _ = self.model.hidden(micro["idx"], reset=micro.get("reset"))
+        loss = cross_entropy_sum(hidden, self.model.head.weight, micro["targets"], config.l2wrap)
+        backward(loss, True)
+        return loss.detach()
+
     def training_step(self, micro_batches: list[dict[str, Tensor]], batch_idx: int) -> None:
         config, world = self.config, self.trainer.world_size
         optimiser = self.optimizers()
@@ -85,13 +98,14 @@ class FineTune(L.LightningModule):
         )
         loss_sum = 0.0
         for i, micro in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with self.trainer.strategy.block_backward_sync() if world > 1 and not last else torch.enable_grad():
-                hidden, _ = self.model.hidden(micro["idx"], reset=micro.get("reset"))
-                loss = cross_entropy_sum(hidden, self.model.head.weight, micro["targets"], config.l2wrap)
-                # devices average their gradients: times their number gives the sum
-                self.manual_backward(loss * (world / max(trained, 1)))
-            loss_sum += loss.detach()
+
+            def backward(loss: Tensor, last: bool, last_micro: bool = i == len(micro_batches) - 1) -> None:
+                # devices average their gradients, once a step: times their number gives the sum
+                wait = world > 1 and not (last and last_micro)
+                with self.trainer.strategy.block_backward_sync() if wait else contextlib.nullcontext():
+                    self.manual_backward(loss * (world / max(trained, 1)))
+
+            loss_sum += self.backward_micro(micro, backward)
         loss_sum, stop, save = self.over_devices([loss_sum, float(self.stop_requested), float(self.save_requested)])
         self.stopping, self.saving, self.save_requested = stop > 0, save > 0, False
         loss_mean = loss_sum / max(trained, 1)

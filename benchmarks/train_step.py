@@ -1,0 +1,116 @@
+"""One training step (forward, backward, AdamW) of an RWKV-6: tokens/s and peak memory, ours against others in one run.
+
+    ours          Bone in activation form
+    materialised  Bone as RWKV-PEFT computes it: W' is formed at each use, by plain autograd
+    peft LoRA     Hugging Face peft's LoRA of half the rank on the same model (the same number of trained parameters)
+
+Each runs in a process of its own on the same random model; prints the ratios to ours.
+`python benchmarks/train_step.py --n_layer 12 --n_embd 768 --micro_bsz 2 --ctx_len 512`
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.peft import METHODS, adapters, inject
+from rwkv_bone.peft.bone import BoneLinear
+from rwkv_bone.training.loss import cross_entropy_sum
+
+VARIANTS = ("ours", "materialised", "peft LoRA")
+
+
+class MaterialisedBone(BoneLinear):
+    def forward(self, x):
+        return x @ self.merged_weight().to(x.dtype).T
+
+
+def adapt(model: torch.nn.Module, variant: str, r: int) -> None:
+    if variant == "peft LoRA":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = r".*\.(att\.(receptance|key|value|gate|output)|ffn\.(key|receptance|value))"
+        inject_adapter_in_model(LoraConfig(r=r // 2, lora_alpha=r // 2, target_modules=targets), model)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)
+        return
+    method = METHODS["bone"] if variant == "ours" else MaterialisedBone
+    inject(model, method, method.Config(r))
+    assert adapters(model)
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(args: argparse.Namespace) -> dict:
+    torch.manual_seed(0)
+    config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = RWKV(config).initialise().to(args.device, dtype)
+    adapt(model, args.variant, args.r)
+    model.grad_cp = args.grad_cp
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+    idx = torch.randint(config.vocab_size, (args.micro_bsz, args.ctx_len + 1), device=args.device)
+
+    def step():
+        hidden, _ = model.hidden(idx[:, :-1])
+        (cross_entropy_sum(hidden, model.head.weight, idx[:, 1:]) / idx.numel()).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    base = peak_bytes(args.device)
+    step()
+    times = []
+    for _ in range(args.repeats):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return {
+        "seconds": min(times),
+        "peak": peak_bytes(args.device) - base,
+        "trained": sum(p.numel() for p in trained),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(n_layer=6, n_embd=512, vocab_size=16384, micro_bsz=2, ctx_len=512, r=64, repeats=3).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--grad_cp", action="store_true")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(measure(args)))
+        return
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    print(f"L{args.n_layer} C{args.n_embd} V{args.vocab_size}, {args.micro_bsz} x {args.ctx_len} tokens, r={args.r}; {hardware}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    results = {}
+    for variant in VARIANTS:
+        line = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--variant", variant], check=True, capture_output=True, text=True
+        ).stdout
+        results[variant] = json.loads(line.splitlines()[-1])
+    tokens, ours = args.micro_bsz * args.ctx_len, results["ours"]
+    print(f"{'':14}{'s/step':>8}{'tokens/s':>10}{'time':>7}{'step memory':>13}{'memory':>8}{'trained':>12}")
+    for name, r in results.items():
+        print(f"{name:14}{r['seconds']:8.3f}{tokens / r['seconds']:10,.0f}{r['seconds'] / ours['seconds']:6.2f}x"
+              f"{r['peak'] / 2**20:9,.0f} MiB{r['peak'] / ours['peak']:7.2f}x{r['trained']:12,}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
