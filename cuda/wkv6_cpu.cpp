@@ -1,144 +1,112 @@
-// WKV6 on the CPU, plain C interface. First version: the recurrence, one (batch, head) at a time.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// WKV6 on the CPU behind a plain C interface (called through ctypes): the choice of instruction set, and threads.
+// Compiled once for every instruction set with WKV6_VARIANT defined, which gives the kernels, and once without.
+#ifdef WKV6_VARIANT
+#include "wkv6_cpu_kernel.h"
+#else
+
+#include <atomic>
+#include <thread>
 #include <vector>
 
-namespace {
-constexpr int64_t kCheckpoint = 128;
+#include "wkv6_cpu.h"
 
-struct bf16 {
-    uint16_t bits;
-    operator float() const {
-        uint32_t x = uint32_t(bits) << 16;
-        float f;
-        std::memcpy(&f, &x, 4);
-        return f;
-    }
-    bf16() = default;
-    bf16(float f) {
-        uint32_t x;
-        std::memcpy(&x, &f, 4);
-        bits = f != f ? 0x7fc0 : uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace wkv6 {
+namespace {
+
+// Products of small decays are often subnormal, and then some processors take a hundred times as long.
+struct FlushSubnormals {
+#if defined(__x86_64__)
+    unsigned saved = _mm_getcsr();
+    FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushSubnormals() { _mm_setcsr(saved); }
+#endif
+};
+
+struct Work {
+    std::atomic<int64_t> next{0};
+    int64_t n;
+    void (*task)(const void*, int64_t);
+    const void* data;
+
+    static void go(void* self) {
+        Work& work = *static_cast<Work*>(self);
+        FlushSubnormals flush;
+        for (int64_t i; (i = work.next.fetch_add(1)) < work.n;) work.task(work.data, i);
     }
 };
 
-template <class F, class IO, class W>
-void forward(int64_t B, int64_t T, int64_t H, int64_t N, const IO* r, const IO* k, const IO* v, const W* log_w,
-             const F* u, const F* state, IO* y, F* final_state, F* checkpoints) {
-    int64_t blocks = (T + kCheckpoint - 1) / kCheckpoint;
-    std::vector<F> yt(N);
-    for (int64_t bh = 0; bh < B * H; bh++) {
-        int64_t b = bh / H, h = bh % H;
-        F* S = final_state + bh * N * N;
-        if (state) std::memcpy(S, state + bh * N * N, N * N * sizeof(F));
-        else std::memset(S, 0, N * N * sizeof(F));
-        for (int64_t t = 0; t < T; t++) {
-            if (checkpoints && t % kCheckpoint == 0)
-                std::memcpy(checkpoints + (bh * blocks + t / kCheckpoint) * N * N, S, N * N * sizeof(F));
-            int64_t o = ((b * T + t) * H + h) * N;
-            for (int64_t j = 0; j < N; j++) yt[j] = 0;
-            for (int64_t i = 0; i < N; i++) {
-                F ri = F(r[o + i]), ki = F(k[o + i]), wi = std::exp(F(log_w[o + i])), ui = u[h * N + i];
-                for (int64_t j = 0; j < N; j++) {
-                    F kv = ki * F(v[o + j]);
-                    yt[j] += ri * (S[i * N + j] + ui * kv);
-                    S[i * N + j] = wi * S[i * N + j] + kv;
-                }
-            }
-            for (int64_t j = 0; j < N; j++) y[o + j] = IO(yt[j]);
-        }
-    }
-}
-
-template <class F, class IO, class W>
-void backward(int64_t B, int64_t T, int64_t H, int64_t N, const IO* r, const IO* k, const IO* v, const W* log_w,
-              const F* u, const F* checkpoints, const IO* gy, const F* gfinal, IO* gr, IO* gk, IO* gv, W* gw, F* gu,
-              F* gstate) {
-    int64_t blocks = (T + kCheckpoint - 1) / kCheckpoint;
-    std::vector<F> states(kCheckpoint * N * N), gvt(N);
-    std::memset(gu, 0, H * N * sizeof(F));
-    for (int64_t bh = 0; bh < B * H; bh++) {
-        int64_t b = bh / H, h = bh % H;
-        F* G = gstate + bh * N * N;
-        if (gfinal) std::memcpy(G, gfinal + bh * N * N, N * N * sizeof(F));
-        else std::memset(G, 0, N * N * sizeof(F));
-        for (int64_t c = blocks - 1; c >= 0; c--) {
-            int64_t t0 = c * kCheckpoint, t1 = t0 + kCheckpoint < T ? t0 + kCheckpoint : T;
-            std::memcpy(&states[0], checkpoints + (bh * blocks + c) * N * N, N * N * sizeof(F));
-            for (int64_t t = t0; t + 1 < t1; t++) {
-                int64_t o = ((b * T + t) * H + h) * N;
-                const F* S = &states[(t - t0) * N * N];
-                F* S1 = &states[(t - t0 + 1) * N * N];
-                for (int64_t i = 0; i < N; i++) {
-                    F ki = F(k[o + i]), wi = std::exp(F(log_w[o + i]));
-                    for (int64_t j = 0; j < N; j++) S1[i * N + j] = wi * S[i * N + j] + ki * F(v[o + j]);
-                }
-            }
-            for (int64_t t = t1 - 1; t >= t0; t--) {
-                int64_t o = ((b * T + t) * H + h) * N;
-                const F* S = &states[(t - t0) * N * N];
-                F vg = 0, ruk = 0;
-                for (int64_t j = 0; j < N; j++) {
-                    vg += F(v[o + j]) * F(gy[o + j]);
-                    ruk += F(r[o + j]) * u[h * N + j] * F(k[o + j]);
-                }
-                for (int64_t j = 0; j < N; j++) gvt[j] = ruk * F(gy[o + j]);
-                for (int64_t i = 0; i < N; i++) {
-                    F ri = F(r[o + i]), ki = F(k[o + i]), wi = std::exp(F(log_w[o + i])), ui = u[h * N + i];
-                    F dr = ui * ki * vg, dk = ui * ri * vg, dw = 0;
-                    for (int64_t j = 0; j < N; j++) {
-                        F g = G[i * N + j];
-                        dr += S[i * N + j] * F(gy[o + j]);
-                        dk += g * F(v[o + j]);
-                        dw += S[i * N + j] * g;
-                        gvt[j] += ki * g;
-                        G[i * N + j] = wi * g + ri * F(gy[o + j]);
-                    }
-                    gr[o + i] = IO(dr);
-                    gk[o + i] = IO(dk);
-                    gw[o + i] = W(wi * dw);
-                    gu[h * N + i] += ri * ki * vg;
-                }
-                for (int64_t j = 0; j < N; j++) gv[o + j] = IO(gvt[j]);
-            }
-        }
-    }
-}
-
-// dtypes: 0 float32, 1 bfloat16, 2 float64
-template <class Call>
-int by_dtype(int dtype, int w_dtype, Call call) {
-    if (dtype == 0 && w_dtype == 0) return call(float(), float(), float()), 0;
-    if (dtype == 1 && w_dtype == 0) return call(float(), bf16(), float()), 0;
-    if (dtype == 1 && w_dtype == 1) return call(float(), bf16(), bf16()), 0;
-    if (dtype == 2 && w_dtype == 2) return call(double(), double(), double()), 0;
-    return 1;
-}
 }  // namespace
 
-extern "C" int wkv6_cpu_forward(int isa, int threads, void* parallel, int dtype, int w_dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r,
-                                const void* k, const void* v, const void* log_w, const void* u, const void* state,
-                                void* y, void* final_state, void* checkpoints) {
-    return by_dtype(dtype, w_dtype, [&](auto f, auto io, auto w) {
-        using F = decltype(f);
-        using IO = decltype(io);
-        using W = decltype(w);
-        forward<F, IO, W>(B, T, H, N, (const IO*)r, (const IO*)k, (const IO*)v, (const W*)log_w, (const F*)u,
-                          (const F*)state, (IO*)y, (F*)final_state, (F*)checkpoints);
-    });
+void Threads::run(int64_t n, void (*task)(const void*, int64_t), const void* data) const {
+    Work work;
+    work.n = n, work.task = task, work.data = data;
+    unsigned workers = n < count ? unsigned(n) : unsigned(count);
+    if (workers <= 1) return Work::go(&work);
+    if (parallel) {
+        using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+        return reinterpret_cast<Gomp>(parallel)(Work::go, &work, workers, 0);
+    }
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < workers; i++) others.emplace_back(Work::go, &work);
+    Work::go(&work);
+    for (std::thread& other : others) other.join();
 }
 
-extern "C" int wkv6_cpu_backward(int isa, int threads, void* parallel, int dtype, int w_dtype, int64_t B, int64_t T, int64_t H, int64_t N,
-                                 const void* r, const void* k, const void* v, const void* log_w, const void* u,
-                                 const void* checkpoints, const void* gy, const void* gfinal, void* gr, void* gk,
-                                 void* gv, void* gw, void* gu, void* gstate) {
-    return by_dtype(dtype, w_dtype, [&](auto f, auto io, auto w) {
-        using F = decltype(f);
-        using IO = decltype(io);
-        using W = decltype(w);
-        backward<F, IO, W>(B, T, H, N, (const IO*)r, (const IO*)k, (const IO*)v, (const W*)log_w, (const F*)u,
-                           (const F*)checkpoints, (const IO*)gy, (const F*)gfinal, (IO*)gr, (IO*)gk, (IO*)gv, (W*)gw,
-                           (F*)gu, (F*)gstate);
-    });
+namespace {
+
+enum Variant { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+struct Kernels { Kernel *forward, *backward; };
+
+bool choose(int variant, Kernels& kernels) {
+#if defined(__x86_64__)
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (variant == kAvx512 && has_avx512) return kernels = {avx512::forward, avx512::backward}, true;
+    if (variant == kAvx2 && has_avx2) return kernels = {avx2::forward, avx2::backward}, true;
+#endif
+    if (variant == kPortable) return kernels = {portable::forward, portable::backward}, true;
+    return false;
 }
+
+}  // namespace
+}  // namespace wkv6
+
+extern "C" {
+
+// 1 if this machine can run the variant: 0 portable, 1 AVX2 with FMA, 2 AVX-512.
+int wkv6_cpu_has(int variant) {
+    wkv6::Kernels kernels;
+    return wkv6::choose(variant, kernels);
+}
+
+void wkv6_cpu_forward(int variant, int threads, void* parallel, int type, int w_type, int64_t B, int64_t T, int64_t H,
+                      int64_t N, const void* r, const void* k, const void* v, const void* log_w, const void* u,
+                      const void* state, void* y, void* final_state, void* checkpoints) {
+    wkv6::Problem p{};
+    p.type = type, p.w_type = w_type, p.B = B, p.T = T, p.H = H, p.N = N;
+    p.r = r, p.k = k, p.v = v, p.log_w = log_w, p.u = u, p.state = state;
+    p.y = y, p.final_state = final_state, p.checkpoints = checkpoints;
+    wkv6::Kernels kernels;
+    if (wkv6::choose(variant, kernels)) kernels.forward(p, {threads, parallel});
+}
+
+void wkv6_cpu_backward(int variant, int threads, void* parallel, int type, int w_type, int64_t B, int64_t T, int64_t H,
+                       int64_t N, const void* r, const void* k, const void* v, const void* log_w, const void* u,
+                       void* checkpoints, const void* gy, const void* gfinal, void* gr, void* gk, void* gv, void* gw,
+                       void* gu, void* gstate) {
+    wkv6::Problem p{};
+    p.type = type, p.w_type = w_type, p.B = B, p.T = T, p.H = H, p.N = N;
+    p.r = r, p.k = k, p.v = v, p.log_w = log_w, p.u = u, p.checkpoints = checkpoints;
+    p.gy = gy, p.gfinal = gfinal, p.gr = gr, p.gk = gk, p.gv = gv, p.gw = gw, p.gu = gu, p.gstate = gstate;
+    wkv6::Kernels kernels;
+    if (wkv6::choose(variant, kernels)) kernels.backward(p, {threads, parallel});
+}
+
+}  // extern "C"
+#endif

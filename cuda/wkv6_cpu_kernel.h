@@ -1,0 +1,650 @@
+// WKV6 on the CPU: the kernels, compiled once for every instruction set (WKV6_VARIANT names it).
+//
+//   S_t = diag(w_t) S_{t-1} + k_t^T v_t          w_t = exp(log_w_t)
+//   y_t = r_t (S_{t-1} + diag(u) k_t^T v_t)
+//
+// Tokens go in chunks of L = 16. With S the state before a chunk, and W(s, t) the product of w over s < tau < t,
+//   y_t = r_t W(-1, t) S + sum_{s<t} A_ts v_s + A_tt v_t       A_ts = sum_i r_t k_s W(s, t),  A_tt = sum_i r_t u k_t
+// and backward, with G the gradient of the state after the chunk and dA_ts = gy_t . v_s,
+//   dr_t = W(-1, t) S gy_t + sum_{s<t} dA_ts k_s W(s, t) + dA_tt u k_t
+//   dk_s = W(s, L) G v_s   + sum_{t>s} dA_ts r_t W(s, t) + dA_ss u r_s
+//   dv_s = (k_s W(s, L)) G + sum_{t>=s} A_ts gy_t
+// so that nearly all the work is products of small matrices.
+//
+// Pairs s < t inside a chunk are taken by halving: the pairs of an upper half (t) and a lower half (s) of 16 tokens,
+// then those of 8, 4 and 2. Their decay W(s, t) splits at the border between the halves into a factor of s and one of
+// t, both products of w: nothing is divided, no exponent is positive, and every decay down to w = 0 is exact.
+// The gradient of log_w_t is the sum of r_q k_s dA_qs W(s, q) over the pairs around t, s < t < q. At every halving it
+// is a suffix sum of r dr for t in the upper half and a prefix sum of k dk for t in the lower: sums of what is wanted,
+// never differences of what is not.
+//
+// Layout: a row of N channels is cut into nv panels of one vector (W lanes, zero padded); an array of rows is stored
+// panel by panel, row by row, so that all strides are constants. np = nv * W.
+//
+// No inline function of a shared header may be called here: the linker would keep one copy of it for all variants,
+// perhaps one with instructions that this machine lacks.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "wkv6_cpu.h"
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace wkv6 {
+namespace WKV6_VARIANT {
+namespace {
+
+constexpr int L = 16;
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 8, kCols = 2;  // a vector; a register tile of matrix products, in rows and vectors
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kRows = 4, kCols = 2;
+#elif defined(__aarch64__)
+constexpr int kBytes = 16, kRows = 4, kCols = 4;
+#else
+constexpr int kBytes = 16, kRows = 4, kCols = 2;
+#endif
+
+template <class F> struct Lanes {
+    static constexpr int W = kBytes / sizeof(F);
+    typedef F V __attribute__((vector_size(kBytes)));
+};
+template <class F> using Vec = typename Lanes<F>::V;
+typedef int32_t Int __attribute__((vector_size(kBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kBytes)));
+typedef uint16_t Half __attribute__((vector_size(kBytes / 2)));
+
+struct bf16 { uint16_t bits; };
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- vectors
+
+template <class F> INLINE Vec<F>& at(F* p) { return *reinterpret_cast<Vec<F>*>(p); }  // aligned: our own buffers
+template <class F> INLINE const Vec<F>& at(const F* p) { return *reinterpret_cast<const Vec<F>*>(p); }
+
+INLINE Vec<float> load(const float* p) { Vec<float> x; memcpy(&x, p, sizeof x); return x; }
+INLINE Vec<double> load(const double* p) { Vec<double> x; memcpy(&x, p, sizeof x); return x; }
+INLINE Vec<float> load(const bf16* p) {
+    Half h;
+    memcpy(&h, p, sizeof h);
+    return (Vec<float>)(__builtin_convertvector(h, Bits) << 16);
+}
+INLINE void store(float* p, Vec<float> x) { memcpy(p, &x, sizeof x); }
+INLINE void store(double* p, Vec<double> x) { memcpy(p, &x, sizeof x); }
+INLINE void store(bf16* p, Vec<float> x) {  // round to nearest, ties to even; NaN stays NaN
+    Bits b = (Bits)x;
+    Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    Bits nan = (Bits)(x != x);
+    Half h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
+    memcpy(p, &h, sizeof h);
+}
+
+// Error 1e-7 relative; exactly 0 below -86.6 (fp32 has no normal number there), -inf included; exactly 1 at 0.
+INLINE Vec<float> exponential(Vec<float> x) {
+    using V = Vec<float>;
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    x = (V)(((Int)x & ~(x > 88.f)) | ((Int)(V{} + 88.f) & (x > 88.f)));
+    V shifted = x * 1.44269504f + magic;
+    V n = shifted - magic;
+    V f = x - n * 0.693359375f;
+    f = f + n * 2.12194440e-4f;
+    V p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' expf
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + (f + 1.f);
+    return (V)(((Int)p + ((Int)shifted << 23)) & ~(x < -86.6f));
+}
+INLINE Vec<double> exponential(Vec<double> x) {
+    UNROLL for (int l = 0; l < Lanes<double>::W; l++) x[l] = ::exp(x[l]);
+    return x;
+}
+
+// Lanes of a where bit D of the lane's number is 0, and lanes of b moved up by D where it is 1; and the other halves.
+#ifdef __clang__
+template <int D, class V, int... l> INLINE V even(V a, V b, std::integer_sequence<int, l...>) {
+    return __builtin_shufflevector(a, b, (l & D ? int(sizeof...(l)) + l - D : l)...);
+}
+template <int D, class V, int... l> INLINE V odd(V a, V b, std::integer_sequence<int, l...>) {
+    return __builtin_shufflevector(a, b, (l & D ? int(sizeof...(l)) + l : l + D)...);
+}
+#else
+template <class F> struct Index { typedef int32_t I __attribute__((vector_size(kBytes))); };
+template <> struct Index<double> { typedef int64_t I __attribute__((vector_size(kBytes))); };
+template <int D, class V, int... l> INLINE V even(V a, V b, std::integer_sequence<int, l...>) {
+    using I = typename Index<typename std::remove_reference<decltype(a[0])>::type>::I;
+    return __builtin_shuffle(a, b, I{(l & D ? int(sizeof...(l)) + l - D : l)...});
+}
+template <int D, class V, int... l> INLINE V odd(V a, V b, std::integer_sequence<int, l...>) {
+    using I = typename Index<typename std::remove_reference<decltype(a[0])>::type>::I;
+    return __builtin_shuffle(a, b, I{(l & D ? int(sizeof...(l)) + l : l + D)...});
+}
+#endif
+
+// The sums of W vectors, lane l that of vector l.
+template <class F, int D = Lanes<F>::W / 2> INLINE Vec<F> sums(Vec<F>* x) {
+    std::make_integer_sequence<int, Lanes<F>::W> lanes;
+    UNROLL for (int i = 0; i < D; i++) x[i] = even<D>(x[i], x[i + D], lanes) + odd<D>(x[i], x[i + D], lanes);
+    if constexpr (D > 1) return sums<F, D / 2>(x);
+    else return x[0];
+}
+
+// Transposes the W x W matrix in x.
+template <class F, int D = Lanes<F>::W / 2> INLINE void flip(Vec<F>* x) {
+    std::make_integer_sequence<int, Lanes<F>::W> lanes;
+    UNROLL for (int i = 0; i < Lanes<F>::W; i++) if (!(i & D)) {
+        Vec<F> a = even<D>(x[i], x[i + D], lanes);
+        x[i + D] = odd<D>(x[i], x[i + D], lanes);
+        x[i] = a;
+    }
+    if constexpr (D > 1) flip<F, D / 2>(x);
+}
+
+// ---- rows and states between memory and panels
+
+template <class F, class IO> INLINE Vec<F> load_some(const IO* p, int64_t n) {  // n < W lanes, zeros above
+    alignas(64) IO x[Lanes<F>::W] = {};
+    for (int64_t i = 0; i < n; i++) x[i] = p[i];
+    return load(x);
+}
+template <class F, class IO> INLINE void store_some(IO* p, int64_t n, Vec<F> v) {
+    alignas(64) IO x[Lanes<F>::W];
+    store(x, v);
+    for (int64_t i = 0; i < n; i++) p[i] = x[i];
+}
+
+// n rows of N channels, `stride` apart in memory, become panels of `rows` rows; the rows from n to `rows` become zeros.
+template <class F, class IO> void load_as(F* to, const IO* from, int64_t n, int64_t rows, int64_t stride, int64_t N) {
+    constexpr int W = Lanes<F>::W;
+    int64_t full = N / W, rest = N % W;
+    for (int64_t t = 0; t < n; t++, from += stride) {
+        for (int64_t c = 0; c < full; c++) at(to + (c * rows + t) * W) = load(from + c * W);
+        if (rest) at(to + (full * rows + t) * W) = load_some<F>(from + full * W, rest);
+    }
+    for (int64_t c = 0; c < full + (rest > 0); c++)
+        for (int64_t t = n; t < rows; t++) at(to + (c * rows + t) * W) = Vec<F>{};
+}
+template <class F, class IO> void store_as(IO* to, const F* from, int64_t n, int64_t rows, int64_t stride, int64_t N) {
+    constexpr int W = Lanes<F>::W;
+    int64_t full = N / W, rest = N % W;
+    for (int64_t t = 0; t < n; t++, to += stride) {
+        for (int64_t c = 0; c < full; c++) store(to + c * W, at(from + (c * rows + t) * W));
+        if (rest) store_some<F>(to + full * W, rest, at(from + (full * rows + t) * W));
+    }
+}
+
+INLINE void load_rows(float* to, const void* from, int64_t first, int type, int64_t n, int64_t stride, int64_t N) {
+    if (type == kBFloat16) load_as(to, static_cast<const bf16*>(from) + first, n, L, stride, N);
+    else load_as(to, static_cast<const float*>(from) + first, n, L, stride, N);
+}
+INLINE void load_rows(double* to, const void* from, int64_t first, int, int64_t n, int64_t stride, int64_t N) {
+    load_as(to, static_cast<const double*>(from) + first, n, L, stride, N);
+}
+INLINE void store_rows(void* to, int64_t first, int type, const float* from, int64_t n, int64_t stride, int64_t N) {
+    if (type == kBFloat16) store_as(static_cast<bf16*>(to) + first, from, n, L, stride, N);
+    else store_as(static_cast<float*>(to) + first, from, n, L, stride, N);
+}
+INLINE void store_rows(void* to, int64_t first, int, const double* from, int64_t n, int64_t stride, int64_t N) {
+    store_as(static_cast<double*>(to) + first, from, n, L, stride, N);
+}
+
+// The transpose of an np x np matrix in panels.
+template <class F> void transpose(F* to, const F* from, int64_t nv) {
+    constexpr int W = Lanes<F>::W;
+    int64_t np = nv * W;
+    for (int64_t a = 0; a < nv; a++)
+        for (int64_t b = 0; b < nv; b++) {
+            Vec<F> x[W];
+            UNROLL for (int i = 0; i < W; i++) x[i] = at(from + (a * np + b * W + i) * W);
+            flip<F>(x);
+            UNROLL for (int i = 0; i < W; i++) at(to + (b * np + a * W + i) * W) = x[i];
+        }
+}
+
+// ---- matrix products
+
+// out (R rows, C panels) = x (L, N) b (N, C panels) + sum over first <= s < last of a[r, s] rows[s]
+template <int R, int C, class F>
+INLINE void product_tile(F* out, const F* x, const F* b, int64_t N, int64_t np, const F* a, int a_row, int a_col,
+                         const F* rows, int first, int last) {
+    constexpr int W = Lanes<F>::W;
+    using V = Vec<F>;
+    V sum[R][C] = {};
+    for (int64_t k0 = 0; k0 < N; k0 += W, x += L * W) {
+        int64_t n = least(W, N - k0);
+        for (int64_t k = 0; k < n; k++, b += W) {
+            V y[C];
+            UNROLL for (int c = 0; c < C; c++) y[c] = at(b + c * np * W);
+            UNROLL for (int r = 0; r < R; r++) {
+                V xr = V{} + x[r * W + k];
+                UNROLL for (int c = 0; c < C; c++) sum[r][c] += xr * y[c];
+            }
+        }
+    }
+    for (int s = first; s < last; s++) {
+        V y[C];
+        UNROLL for (int c = 0; c < C; c++) y[c] = at(rows + (c * L + s) * W);
+        UNROLL for (int r = 0; r < R; r++) {
+            V ar = V{} + a[r * a_row + s * a_col];
+            UNROLL for (int c = 0; c < C; c++) sum[r][c] += ar * y[c];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) at(out + (c * L + r) * W) = sum[r][c];
+}
+
+enum Also { kNothing, kLower, kUpper };  // out = x b, + tril(a) rows, + tril(a)^T rows
+
+template <class F>
+void product(F* out, const F* x, const F* b, int64_t N, int64_t nv, Also also = kNothing, const F* a = nullptr,
+             const F* rows = nullptr) {
+    constexpr int W = Lanes<F>::W, R = kRows;
+    int64_t np = nv * W;
+    for (int r = 0; r < L; r += R) {
+        int first = also == kUpper ? r : 0, last = also == kUpper ? L : also == kLower ? r + R : 0;
+        int a_row = also == kUpper ? 1 : L, a_col = also == kUpper ? L : 1;
+        int64_t c = 0;
+        for (; c + kCols <= nv; c += kCols)
+            product_tile<R, kCols>(out + (c * L + r) * W, x + r * W, b + c * np * W, N, np, a + r * a_row, a_row, a_col,
+                                   rows + c * L * W, first, last);
+        for (; c < nv; c++)
+            product_tile<R, 1>(out + (c * L + r) * W, x + r * W, b + c * np * W, N, np, a + r * a_row, a_row, a_col,
+                               rows + c * L * W, first, last);
+    }
+}
+
+// to (R rows, C panels) = decay from + sum over the chunk's t of x[t, row] y[t]
+template <int R, int C, bool kDecayRows, class F>
+INLINE void update_tile(F* to, const F* from, const F* decay, const F* x, const F* y, int64_t np) {
+    constexpr int W = Lanes<F>::W;
+    using V = Vec<F>;
+    V sum[R][C];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
+        sum[r][c] = at(from + (c * np + r) * W) * (kDecayRows ? V{} + decay[r] : at(decay + c * W));
+    for (int t = 0; t < L; t++) {
+        V yt[C];
+        UNROLL for (int c = 0; c < C; c++) yt[c] = at(y + (c * L + t) * W);
+        UNROLL for (int r = 0; r < R; r++) {
+            V xr = V{} + x[t * W + r];
+            UNROLL for (int c = 0; c < C; c++) sum[r][c] += xr * yt[c];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) at(to + (c * np + r) * W) = sum[r][c];
+}
+
+// to = decay from + x^T y, the decay belonging to rows (keys x, values y) or to columns (values x, keys y)
+template <bool kDecayRows, class F>
+void update(F* to, const F* from, const F* decay, const F* x, const F* y, int64_t nv) {
+    constexpr int W = Lanes<F>::W, R = kRows < W ? kRows : W;
+    int64_t np = nv * W;
+    for (int64_t i = 0; i < np; i += R) {
+        const F* xi = x + i / W * L * W + i % W;
+        int64_t c = 0;
+        for (; c + kCols <= nv; c += kCols)
+            update_tile<R, kCols, kDecayRows>(to + (c * np + i) * W, from + (c * np + i) * W,
+                                              decay + (kDecayRows ? i : c * W), xi, y + c * L * W, np);
+        for (; c < nv; c++)
+            update_tile<R, 1, kDecayRows>(to + (c * np + i) * W, from + (c * np + i) * W,
+                                          decay + (kDecayRows ? i : c * W), xi, y + c * L * W, np);
+    }
+}
+
+// out[t, s] = x[t] . y[s] for `n` rows of x and of y, by register tiles of W dot products
+template <class F> INLINE void dots(F* out, const F* x, const F* y, int n, int64_t nv) {
+    constexpr int W = Lanes<F>::W, S = W >= 16 ? 4 : W >= 4 ? 2 : 1, Q = W / S;
+    for (int q = 0; q < n; q += Q)
+        for (int s = 0; s < n; s += S) {
+            Vec<F> sum[W] = {};
+            for (int64_t c = 0; c < nv; c++)
+                UNROLL for (int i = 0; i < Q; i++) UNROLL for (int j = 0; j < S; j++)
+                    sum[i * S + j] += at(x + (c * L + q + i) * W) * at(y + (c * L + s + j) * W);
+            alignas(64) F result[W];
+            at(result) = sums<F>(sum);
+            UNROLL for (int i = 0; i < Q; i++) memcpy(out + (q + i) * L + s, result + i * S, S * sizeof(F));
+        }
+}
+
+// out[m] = sum over panels c of term(m, c), for 16 values of m
+template <class F, class Term> INLINE void sixteen(F* out, int64_t nv, const Term& term) {
+    constexpr int W = Lanes<F>::W;
+    for (int g = 0; g < 16; g += W) {
+        Vec<F> sum[W] = {};
+        for (int64_t c = 0; c < nv; c++) UNROLL for (int m = 0; m < W; m++) sum[m] += term(g + m, c);
+        at(out + g) = sums<F>(sum);
+    }
+}
+
+// ---- one chunk
+
+// Buffers of one chunk, each of L rows in panels.
+template <class F> struct Chunk {
+    static constexpr int W = Lanes<F>::W;
+    using V = Vec<F>;
+    int64_t N, nv;
+    F *r, *k, *v, *w;             // w: log_w first
+    F *rt, *kh;                   // r_t W(-1, t), k_s W(s, L)
+    F *x8, *x4, *x2;              // in the lower halves of 2n tokens k_s, in the upper r_t, decayed to the border
+    F *f8, *f4, *prefix, *suffix; // those decays; W(-1, t), W(s, L)       (backward only)
+    F *gy, *dr, *dk, *dv;         // (backward only)
+    F *decay;                     // the decay of the chunk, one row
+    F *a, *da;                    // A and dA, (L, L)
+
+    static int64_t floats(int64_t nv, bool backward) {
+        return (backward ? 17 : 9) * nv * L * W + nv * W + (backward ? 2 : 1) * L * L;
+    }
+    Chunk(F* p, int64_t N, int64_t nv, bool backward) : N(N), nv(nv) {
+        for (F** x : {&r, &k, &v, &w, &rt, &kh, &x8, &x4, &x2}) *x = p, p += nv * L * W;
+        if (backward)
+            for (F** x : {&f8, &f4, &prefix, &suffix, &gy, &dr, &dk, &dv}) *x = p, p += nv * L * W;
+        decay = p, p += nv * W;
+        a = p, p += L * L;
+        da = p;
+        memset(a, 0, L * L * sizeof(F));  // above the diagonal it stays 0
+    }
+
+    // x = the decays from n tokens before and after each border to it, times k below and r above; f = the decays
+    template <int n, bool kKeep> INLINE void halves(F* x, F* f, const F* r, const F* k, const V* w) {
+        UNROLL for (int mid = n; mid < L; mid += 2 * n) {
+            V d = V{} + F(1);
+            UNROLL for (int t = mid; t < mid + n; t++) {
+                at(x + t * W) = at(r + t * W) * d;
+                if (kKeep) at(f + t * W) = d;
+                d *= w[t];
+            }
+            d = V{} + F(1);
+            UNROLL for (int s = mid - 1; s >= mid - n; s--) {
+                at(x + s * W) = at(k + s * W) * d;
+                if (kKeep) at(f + s * W) = d;
+                d *= w[s];
+            }
+        }
+    }
+
+    // From r, k and log_w: w, the chunk's decay, and everything decayed. kStates: only what the state needs, kh.
+    template <bool kStates, bool kKeep> void decays(F* log_sum = nullptr) {
+        for (int64_t c = 0; c < nv; c++) {
+            int64_t o = c * L * W;
+            V e[L], sum{};
+            UNROLL for (int t = 0; t < L; t++) sum += at(w + o + t * W);
+            // one rounding for the whole chunk: that of w, L times over, would add up in slow channels
+            at(decay + c * W) = exponential(sum);
+            if (log_sum) at(log_sum + c * W) += sum;
+            UNROLL for (int t = 0; t < L; t++) e[t] = exponential(at(w + o + t * W));
+            V d = V{} + F(1);
+            UNROLL for (int t = L - 1; t >= 0; t--) {
+                at(kh + o + t * W) = at(k + o + t * W) * d;
+                if (kKeep) at(suffix + o + t * W) = d;
+                d *= e[t];
+            }
+            if (kStates) continue;
+            d = V{} + F(1);
+            UNROLL for (int t = 0; t < L; t++) {
+                at(rt + o + t * W) = at(r + o + t * W) * d;
+                if (kKeep) at(prefix + o + t * W) = d;
+                d *= e[t];
+            }
+            halves<8, kKeep>(x8 + o, f8 + o, r + o, k + o, e);
+            halves<4, kKeep>(x4 + o, f4 + o, r + o, k + o, e);
+            halves<2, false>(x2 + o, nullptr, r + o, k + o, e);
+            if (kKeep) UNROLL for (int t = 0; t < L; t++) at(w + o + t * W) = e[t];
+        }
+    }
+
+    void scores(const F* u) {
+        alignas(64) F x[16];
+        dots(a + 8 * L, x8 + 8 * W, x8, 8, nv);
+        dots(a + 4 * L, x4 + 4 * W, x4, 4, nv);
+        dots(a + 12 * L + 8, x4 + 12 * W, x4 + 8 * W, 4, nv);
+        sixteen(x, nv, [&](int m, int64_t c) __attribute__((always_inline)) {  // (2, 0), (2, 1), (3, 0), (3, 1), (6, 4) ...
+            int q = m / 4 * 4 + 2 + m / 2 % 2, s = m / 4 * 4 + m % 2;
+            return at(x2 + (c * L + q) * W) * at(x2 + (c * L + s) * W);
+        });
+        for (int m = 0; m < 16; m++) a[(m / 4 * 4 + 2 + m / 2 % 2) * L + m / 4 * 4 + m % 2] = x[m];
+        sixteen(x, nv, [&](int m, int64_t c) __attribute__((always_inline)) {  // (1, 0), (3, 2) ...
+            if (m >= 8) return V{};
+            return at(r + (c * L + 2 * m + 1) * W) * at(k + (c * L + 2 * m) * W);
+        });
+        for (int m = 0; m < 8; m++) a[(2 * m + 1) * L + 2 * m] = x[m];
+        sixteen(x, nv, [&](int m, int64_t c) __attribute__((always_inline)) {
+            return at(r + (c * L + m) * W) * at(u + c * W) * at(k + (c * L + m) * W);
+        });
+        for (int m = 0; m < 16; m++) a[m * L + m] = x[m];
+    }
+
+    void score_gradients() {
+        dots(da, gy, v, 8, nv);
+        dots(da + 8 * L, gy + 8 * W, v, 8, nv);
+        dots(da + 8 * L + 8, gy + 8 * W, v + 8 * W, 8, nv);
+    }
+
+    // Adds to dr, dk and gw what the pairs of n tokens above and n below each border give, in one panel.
+    template <int n> INLINE void pair_gradients(V* dr, V* dk, V* gw, const F* x, const V* f, const F* r, const F* k) {
+        for (int mid = n; mid < L; mid += 2 * n) {
+            V sum[n] = {}, run{};
+            UNROLL for (int s = mid - n; s < mid; s++)
+                UNROLL for (int q = 0; q < n; q++) sum[q] += da[(mid + q) * L + s] * at(x + s * W);
+            UNROLL for (int q = n - 1; q >= 0; q--) {
+                V d = sum[q] * f[mid + q];
+                dr[mid + q] += d;
+                gw[mid + q] += run;
+                run += at(r + (mid + q) * W) * d;
+            }
+            UNROLL for (int s = 0; s < n; s++) sum[s] = V{};
+            UNROLL for (int q = mid; q < mid + n; q++)
+                UNROLL for (int s = 0; s < n; s++) sum[s] += da[q * L + mid - n + s] * at(x + q * W);
+            run = V{};
+            UNROLL for (int s = 0; s < n; s++) {
+                V d = sum[s] * f[mid - n + s];
+                dk[mid - n + s] += d;
+                gw[mid - n + s] += run;
+                run += at(k + (mid - n + s) * W) * d;
+            }
+        }
+    }
+
+    // dr = S gy and dk = G v become the gradients of r and k; w becomes that of log_w; adds to gu.
+    // st, gt: the state before the chunk and the gradient of the state after it, transposed.
+    void finish(const F* st, const F* gt, const F* u, F* gu) {
+        int64_t np = nv * W;
+        for (int64_t c = 0; c < nv; c++) {
+            int64_t o = c * L * W;
+            V pass[4] = {};
+            for (int64_t j = 0; j < np; j += 2) {
+                pass[0] += at(st + (c * np + j) * W) * at(gt + (c * np + j) * W);
+                pass[1] += at(st + (c * np + j + 1) * W) * at(gt + (c * np + j + 1) * W);
+            }
+            V r_[L], k_[L], gw[L], f2[L];
+            V run = (pass[0] + pass[1]) * at(decay + c * W);
+            UNROLL for (int t = L - 1; t >= 0; t--) {
+                V d = at(dr + o + t * W) * at(prefix + o + t * W);
+                r_[t] = d;
+                gw[t] = run;
+                run += at(r + o + t * W) * d;
+            }
+            run = V{};
+            UNROLL for (int t = 0; t < L; t++) {
+                V d = at(dk + o + t * W) * at(suffix + o + t * W);
+                k_[t] = d;
+                gw[t] += run;
+                run += at(k + o + t * W) * d;
+            }
+            UNROLL for (int t = 0; t < L; t++)
+                f2[t] = t % 4 == 0 ? at(w + o + (t + 1) * W) : t % 4 == 3 ? at(w + o + (t - 1) * W) : V{} + F(1);
+            pair_gradients<8>(r_, k_, gw, x8 + o, &at(f8 + o), r + o, k + o);
+            pair_gradients<4>(r_, k_, gw, x4 + o, &at(f4 + o), r + o, k + o);
+            pair_gradients<2>(r_, k_, gw, x2 + o, f2, r + o, k + o);
+            UNROLL for (int s = 0; s < L; s += 2) {
+                V d = V{} + da[(s + 1) * L + s];
+                r_[s + 1] += d * at(k + o + s * W);
+                k_[s] += d * at(r + o + (s + 1) * W);
+            }
+            V uc = at(u + c * W), gu_sum = at(gu + c * W);
+            UNROLL for (int t = 0; t < L; t++) {
+                V rt = at(r + o + t * W), kt = at(k + o + t * W), d = V{} + da[t * L + t];
+                at(dr + o + t * W) = r_[t] + d * uc * kt;
+                at(dk + o + t * W) = k_[t] + d * uc * rt;
+                at(w + o + t * W) = gw[t];
+                gu_sum += d * rt * kt;
+            }
+            at(gu + c * W) = gu_sum;
+        }
+    }
+};
+
+// ---- one (batch, head), or a segment of its tokens
+
+// Zeroed, aligned memory that goes with its scope.
+template <class F> struct Buffer {
+    F* p;
+    explicit Buffer(int64_t n) {
+        size_t bytes = (size_t(n) * sizeof(F) + 63) / 64 * 64;
+        p = static_cast<F*>(aligned_alloc(64, bytes));
+        if (!p) abort();  // some hundred KiB: the machine is out of memory, and so is Python
+    }
+    ~Buffer() { free(p); }
+    Buffer(const Buffer&) = delete;
+};
+
+template <class F> struct Head {
+    static constexpr int W = Lanes<F>::W;
+    const Problem& p;
+    int64_t N, nv, np, b, h, bh, stride, blocks;
+
+    Head(const Problem& p, int64_t bh)
+        : p(p), N(p.N), nv((p.N + W - 1) / W), np(nv * W), b(bh / p.H), h(bh % p.H), bh(bh), stride(p.H * p.N),
+          blocks((p.T + kCheckpoint - 1) / kCheckpoint) {}
+
+    int64_t offset(int64_t t) const { return (b * p.T + t) * stride + h * N; }
+    void load(F* to, const void* from, int type, int64_t t, int64_t n) const {
+        load_rows(to, from, offset(t), type, n, stride, N);
+    }
+    void save(void* to, int type, const F* from, int64_t t, int64_t n) const {
+        store_rows(to, offset(t), type, from, n, stride, N);
+    }
+    void load_state(F* to, const F* from) const {
+        if (from) load_as(to, from, N, np, N, N);
+        else memset(to, 0, np * np * sizeof(F));
+    }
+    void save_state(F* to, const F* from) const { store_as(to, from, N, np, N, N); }
+
+    // The tokens t0 <= t < t1, from the state `from` (or zeros). Writes the state after them to `to`.
+    void forward(int64_t t0, int64_t t1, const F* from, F* to) const {
+        Buffer<F> memory(Chunk<F>::floats(nv, false) + np * np + np);
+        Chunk<F> c(memory.p, N, nv, false);
+        F *state = memory.p + Chunk<F>::floats(nv, false), *u = state + np * np;
+        load_state(state, from);
+        load_as(u, static_cast<const F*>(p.u) + h * N, 1, 1, N, N);
+        for (int64_t t = t0; t < t1; t += L) {
+            if (p.checkpoints && t % kCheckpoint == 0)
+                save_state(static_cast<F*>(p.checkpoints) + (bh * blocks + t / kCheckpoint) * N * N, state);
+            int64_t n = least(L, t1 - t);
+            load(c.r, p.r, p.type, t, n);
+            load(c.k, p.k, p.type, t, n);
+            load(c.v, p.v, p.type, t, n);
+            load(c.w, p.log_w, p.w_type, t, n);
+            c.template decays<false, false>();
+            c.scores(u);
+            product(c.r, c.rt, state, N, nv, kLower, c.a, c.v);
+            save(p.y, p.type, c.r, t, n);
+            update<true>(state, state, c.decay, c.kh, c.v, nv);
+        }
+        if (to) save_state(to, state);
+    }
+
+    // The same tokens' gradients, from the gradient of the state after them, `from` (or zeros). Writes the gradient of
+    // the state before them to `to`; gu has np zeros.
+    void backward(int64_t t0, int64_t t1, const F* from, F* to, F* gu) const {
+        int64_t square = np * np, chunks = kCheckpoint / L;
+        Buffer<F> memory(Chunk<F>::floats(nv, true) + (chunks + 2) * square + np);
+        Chunk<F> c(memory.p, N, nv, true);
+        F *states = memory.p + Chunk<F>::floats(nv, true);  // transposed: rows are values
+        F *g = states + chunks * square, *gt = g + square, *u = gt + square;
+        load_state(g, from);
+        transpose(gt, g, nv);
+        load_as(u, static_cast<const F*>(p.u) + h * N, 1, 1, N, N);
+        for (int64_t block = (t1 - 1) / kCheckpoint; block >= t0 / kCheckpoint; block--) {
+            int64_t start = block * kCheckpoint, end = least(start + kCheckpoint, t1);
+            load_state(g, static_cast<const F*>(p.checkpoints) + (bh * blocks + block) * N * N);
+            transpose(states, g, nv);
+            F* state = states;
+            for (int64_t t = start; t + L < end; t += L, state += square) {
+                load(c.k, p.k, p.type, t, L);
+                load(c.v, p.v, p.type, t, L);
+                load(c.w, p.log_w, p.w_type, t, L);
+                c.template decays<true, false>();
+                update<false>(state + square, state, c.decay, c.v, c.kh, nv);
+            }
+            for (int64_t t = start + (state - states) / square * L; t >= start; t -= L, state -= square) {
+                int64_t n = least(L, end - t);
+                load(c.r, p.r, p.type, t, n);
+                load(c.k, p.k, p.type, t, n);
+                load(c.v, p.v, p.type, t, n);
+                load(c.gy, p.gy, p.type, t, n);
+                load(c.w, p.log_w, p.w_type, t, n);
+                c.template decays<false, true>();
+                c.scores(u);
+                c.score_gradients();
+                transpose(g, gt, nv);
+                product(c.dr, c.gy, state, N, nv);
+                product(c.dk, c.v, gt, N, nv);
+                product(c.dv, c.kh, g, N, nv, kUpper, c.a, c.gy);
+                c.finish(state, gt, u, gu);
+                save(p.gr, p.type, c.dr, t, n);
+                save(p.gk, p.type, c.dk, t, n);
+                save(p.gv, p.type, c.dv, t, n);
+                save(p.gw, p.w_type, c.w, t, n);
+                update<false>(gt, gt, c.decay, c.gy, c.rt, nv);
+            }
+        }
+        transpose(g, gt, nv);
+        if (to) save_state(to, g);
+    }
+};
+
+template <class F> void forward_as(const Problem& p, const Threads& threads) {
+    threads.each(p.B * p.H, [&](int64_t bh) {
+        const F* state = static_cast<const F*>(p.state);
+        Head<F>(p, bh).forward(0, p.T, state ? state + bh * p.N * p.N : nullptr,
+                               static_cast<F*>(p.final_state) + bh * p.N * p.N);
+    });
+}
+
+template <class F> void backward_as(const Problem& p, const Threads& threads) {
+    constexpr int W = Lanes<F>::W;
+    int64_t np = (p.N + W - 1) / W * W;
+    Buffer<F> gu(p.B * p.H * np);
+    memset(gu.p, 0, p.B * p.H * np * sizeof(F));
+    threads.each(p.B * p.H, [&](int64_t bh) {
+        const F* gfinal = static_cast<const F*>(p.gfinal);
+        Head<F>(p, bh).backward(0, p.T, gfinal ? gfinal + bh * p.N * p.N : nullptr,
+                                static_cast<F*>(p.gstate) + bh * p.N * p.N, gu.p + bh * np);
+    });
+    F* out = static_cast<F*>(p.gu);
+    memset(out, 0, p.H * p.N * sizeof(F));
+    for (int64_t bh = 0; bh < p.B * p.H; bh++)
+        for (int64_t i = 0; i < p.N; i++) out[bh % p.H * p.N + i] += gu.p[bh * np + i];
+}
+
+}  // namespace
+
+void forward(const Problem& p, const Threads& threads) {
+    if (p.type == kFloat64) forward_as<double>(p, threads);
+    else forward_as<float>(p, threads);
+}
+void backward(const Problem& p, const Threads& threads) {
+    if (p.type == kFloat64) backward_as<double>(p, threads);
+    else backward_as<float>(p, threads);
+}
+
+}  // namespace WKV6_VARIANT
+}  // namespace wkv6
