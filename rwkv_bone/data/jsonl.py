@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class Pair:
     prompt: str
     answer: str
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return PLACEHOLDER.findall(self.prompt + self.answer)
 
