@@ -76,13 +76,13 @@ def test_forward_and_backward_make_no_tensor_as_large_as_the_weight(dtype):
     assert max(seen.sizes) == bone.weight.numel()
 
 
-def test_what_is_kept_for_backward_is_x_the_weight_and_b():
+def test_nothing_is_kept_for_backward_but_x_the_weight_and_b():
     bone = layer(16, 24, 8)
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         bone(x)
-    assert set(kept) == {x.data_ptr(), bone.weight.data_ptr(), bone.bone.data_ptr()}
+    assert set(kept) <= {x.data_ptr(), bone.weight.data_ptr(), bone.bone.data_ptr()}
 
 
 def test_a_fresh_adapter_changes_no_logit(make_model):

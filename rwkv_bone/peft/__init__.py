@@ -1,10 +1,39 @@
 """PEFT methods. `METHODS` is the registry: one file and one line for each."""
 
-from .adapter import PROJECTIONS, TRAIN_PARTS, AdapterLinear, adapter_tensors, adapters, attach, inject, merge, train_parts
+from .adapter import (
+    PROJECTIONS,
+    TRAIN_PARTS,
+    AdapterLinear,
+    adapter_tensors,
+    adapters,
+    attach,
+    describe,
+    inject,
+    merge,
+    train_parts,
+)
 from .bone import BoneLinear
+from .bone_col import BoneColLinear
+from .dora import DoraLinear
+from .lora import LoraLinear
+from .lora_ga import LoraGaLinear, start_from_gradients
+from .lora_plus import LoraPlusLinear
+from .miss import MissLinear
+from .olora import OloraLinear
+from .pissa import PissaLinear
+from .rslora import RsLoraLinear
 
 METHODS: dict[str, type[AdapterLinear]] = {
     "bone": BoneLinear,
+    "bone_col": BoneColLinear,
+    "miss": MissLinear,
+    "lora": LoraLinear,
+    "rslora": RsLoraLinear,
+    "lora_plus": LoraPlusLinear,
+    "pissa": PissaLinear,
+    "olora": OloraLinear,
+    "lora_ga": LoraGaLinear,
+    "dora": DoraLinear,
 }
 
 __all__ = [
@@ -15,7 +44,9 @@ __all__ = [
     "adapter_tensors",
     "adapters",
     "attach",
+    "describe",
     "inject",
     "merge",
+    "start_from_gradients",
     "train_parts",
 ]

@@ -4,8 +4,8 @@ A method is one subclass of `AdapterLinear` in a file of its own and one line in
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -16,32 +16,39 @@ from ..errors import UserError
 PROJECTIONS = ("att", "ffn")  # the parts adapted by default: every projection of the time and channel mixing
 
 
+def option(default: Any, help: str) -> Any:
+    """A field of a method's Config: its default, whose type is the option's, and what `--help` says of it."""
+    return field(default=default, metadata={"help": help})
+
+
 class AdapterLinear(nn.Module):
     """A frozen projection (no bias) with an adapter. The base weight (out, in) stays under its key `weight`.
 
-    The adapter is this layer's state dict less `weight`. It is trained in float32 whatever the base's dtype is
-    (float64 on a float64 base). `forward(x)` equals `x @ merged_weight().T` but for rounding.
+    The adapter is this layer's state dict less the weight. It is trained in float32 whatever the base's dtype is
+    (float64 on a float64 base). `forward(x)` equals `x @ merged_weight().T` but for rounding. The weight may be a quantised
+    one: anything with `shape`, `dtype`, `device` and `dense()`, see `dense` below.
     """
 
     formula: ClassVar[str]  # what the method computes, in one line
+    starts_from_gradient: ClassVar[bool] = False  # whether `start` needs the gradient of the loss by the weight
 
     @dataclass(frozen=True)
     class Config:
-        r: int = 64
+        r: int = option(64, "size of the method's square blocks, or rank")
 
         def __post_init__(self):
             if self.r < 1:
                 raise UserError(f"r must be at least 1, not {self.r}")
 
-    def __init__(self, weight: Tensor, config: Config):
+    def __init__(self, weight: Tensor | nn.Module, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
         self.config = config
 
     @property
     def dtype(self) -> torch.dtype:
         """The adapter's dtype: never less than float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32) if self.weight.is_floating_point() else torch.float32
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     def new(self, *shape: int) -> nn.Parameter:
         """A trainable tensor of zeros on the base weight's device."""
@@ -52,10 +59,14 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
+        return self.project(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.weight.shape[0])
+
+    def project(self, x: Tensor) -> Tensor:
+        """`forward` of rows: x (n, in) -> (n, out)."""
         raise NotImplementedError
 
     def merged_weight(self) -> Tensor:
-        """The weight (out, in) of the plain projection that this layer equals, in `self.dtype`."""
+        """The weight (out, in) of the plain projection that this layer equals, in `self.dtype`, without gradient."""
         raise NotImplementedError
 
     @classmethod
@@ -83,6 +94,34 @@ class AdapterLinear(nn.Module):
         return f"in={in_}, out={out}, {self.config}"
 
 
+def dense(weight: Tensor | nn.Module) -> Tensor:
+    """A base weight as a tensor (out, in): itself, or what a quantised one stands for, made anew at each call."""
+    return weight if isinstance(weight, Tensor) else weight.dense()
+
+
+class FrozenProduct(torch.autograd.Function):
+    """plus + x W^T for x (n, in), a frozen weight (out, in), plus (n, out), which is overwritten. Keeps the weight alone.
+
+    The product is accumulated onto `plus` before the one rounding to x's dtype: a small `plus` added to a finished product in
+    bf16 would mostly vanish, as whatever is below half a unit in the last place of the sum does.
+    """
+
+    @staticmethod
+    def forward(ctx, plus: Tensor, x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+        ctx.weight = weight
+        ctx.mark_dirty(plus)
+        return plus.addmm_(x, dense(weight).T)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return g, g @ dense(ctx.weight) if ctx.needs_input_grad[1] else None, None
+
+
+def row_panels(rows: int, size: int = 256) -> Iterator[slice]:
+    """Slices that cut `rows` rows of a weight into panels of at most `size`: for work that must not copy the whole."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
 def matches(name: str, parts: Iterable[str]) -> bool:
     """Whether a dotted name holds one of `parts` (`att`, `ffn.key`, ...) as whole consecutive components."""
     return any(f".{part}." in f".{name}." for part in parts)
@@ -91,7 +130,10 @@ def matches(name: str, parts: Iterable[str]) -> bool:
 def inject(
     model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, parts: Iterable[str] = PROJECTIONS
 ) -> list[str]:
-    """Freeze the model and put a started adapter on every projection within `parts`; return the projections' names."""
+    """Freeze the model and put a started adapter on every projection within `parts`; return the projections' names.
+
+    A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
+    """
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     parts = list(parts)
     for part in parts:
@@ -100,7 +142,8 @@ def inject(
             raise UserError(f"--parts {part} names no projection of this model; it has att, ffn, {', '.join(known)}")
     names = [name for name in linears if matches(name, parts)]
     for layer in attach(model, method, config, names):
-        layer.start()
+        if not method.starts_from_gradient:
+            layer.start()
     return names
 
 
@@ -150,13 +193,24 @@ def merge(model: nn.Module) -> None:
         model.set_submodule(name, linear)
 
 
+def describe(model: nn.Module) -> str:
+    """The adapters of a model in one line: formula, options, and how much is trained."""
+    layers = list(adapters(model).values())
+    if not layers:
+        return "no adapter"
+    own = sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+    base = sum(math.prod(layer.weight.shape) for layer in layers)
+    options = ", ".join(f"{f.name}={getattr(layers[0].config, f.name)}" for f in fields(layers[0].config))
+    return f"{layers[0].formula}; {options}; {own:,} parameters on {len(layers)} projections of {base:,} ({own / base:.2%})"
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file needs beside the base: the adapters' tensors and all else that is trained, by their full names."""
     of_adapters = {
         f"{name}.{key}": tensor
         for name, layer in adapters(model).items()
         for key, tensor in layer.state_dict().items()
-        if key != "weight"
+        if key.partition(".")[0] != "weight"
     }
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {**of_adapters, **{name: p for name, p in trained.items() if name not in of_adapters}}

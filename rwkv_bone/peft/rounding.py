@@ -1,0 +1,33 @@
+"""Sums in low precision that keep, on average, what is too small for one rounding to keep.
+
+What a just started adapter adds is some 1e-4 of what it is added to, and bf16 resolves 4e-3: rounded to the nearest, x + u is x,
+and the adapter does nothing. Here the sum is rounded up with the probability of its distance from the number below, so that its
+expected value is exact, and over the hundreds of terms of a dot product u arrives. The price is noise, no larger than the
+rounding's own and falling with u: an x that bf16 holds exactly stays as it is where u is zero. The "probability" is a fixed
+low-discrepancy pattern over (row, column): the same input gives the same output, as recomputation in backward requires.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+COLUMN, ROW = 40503, 49473  # the golden ratio's and the plastic ratio's fractions in 2^-16: Kronecker sequences
+
+
+def rounded_sum(x: Tensor, u: Tensor) -> Tensor:
+    """x + u for x and u (n, width) of one dtype: a new tensor, unbiased where the dtype is below float32."""
+    return x + u if torch.finfo(x.dtype).bits >= 32 else dithered(x.float().add_(u), x.dtype)
+
+
+def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 (n, width), which is overwritten, rounded without bias to bf16 or fp16."""
+    lost = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))  # bits of the mantissa to drop
+    row, column = (
+        (torch.arange(size, device=value.device) * step % 2**16 >> (16 - lost)).to(torch.int32)
+        for size, step in zip(value.shape, (ROW, COLUMN))
+    )
+    bits = value.view(torch.int32)
+    bits += row.unsqueeze(1) ^ column  # 0 ... 2^lost - 1, and each once: carries into the kept bits or is dropped
+    bits &= -(2**lost)
+    return value.to(dtype)
