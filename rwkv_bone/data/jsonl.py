@@ -44,7 +44,7 @@ import numpy as np
 from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import UserError
 
-LOSS_MASKS = ("auto", "answer", "all", "pad")
+LOSS_MASKS = ("answer", "all", "pad")
 BATCH_BYTES = 1 << 20  # lines travel to the workers in batches of about this size
 MAX_LINE = 1 << 28  # a longer line is no jsonl but some other file
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -131,15 +131,14 @@ class RowEncoder:
 
     fields      {our name: the file's name}, as {"question": "problem", "answer": "solution"}
     format      "auto", or the one kind of row to look for: "text", "messages", or a pair by its first field ("question")
-    loss_mask   "auto" (answers of pairs and chats, all of texts), "answer" (the same, but texts are refused),
-                "all" or "pad" (every token)
+    loss_mask   "answer" (answers of pairs and chats, all of texts), "all" or "pad" (every token: only padding is left out)
     """
 
     tokenizer: Tokenizer
     templates: Templates = Templates()
     fields: dict[str, str] = field(default_factory=dict)
     format: str = "auto"
-    loss_mask: str = "auto"
+    loss_mask: str = "answer"
 
     def __post_init__(self):
         if self.loss_mask not in LOSS_MASKS:
@@ -185,8 +184,6 @@ class RowEncoder:
 
     def _text_segments(self, row: dict) -> list[tuple[str, bool]] | None:
         text = self._field(row, "text", clean=False)
-        if self.loss_mask == "answer":
-            raise UserError("a text row has no answer to train; take loss_mask all, or rows of question and answer")
         return [(text, True)] if text else None
 
     def _pair_segments(self, row: dict, pairs: list[Pair]) -> list[tuple[str, bool]] | None:

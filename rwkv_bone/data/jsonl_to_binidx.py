@@ -104,7 +104,7 @@ def main(argv=None) -> None:
     add("--vocab_file", help="the World vocabulary, where no installed package has it")
     add("--encoding", default="utf-8", help="of byte tokens: utf-8 or utf-16-le")
     add("--dtype", default="auto", choices=["auto", "uint16", "int32"], help="of the tokens in .bin; default by vocabulary")
-    add("--loss_mask", default="auto", choices=LOSS_MASKS, help="auto: answers of pairs and chats, all of texts; all")
+    add("--loss_mask", default="answer", choices=LOSS_MASKS, help="trained: answers of pairs and chats and all of texts; or all")
     add("--template", help="JSON file with templates of your own (see rwkv_bone/data/jsonl.py)")
     add("--fields", default="", help="names in your file: question=problem,answer=solution")
     add("--format", default="auto", help="where rows can be read in two ways: text, messages, question, instruction, prompt")

@@ -1,0 +1,320 @@
+"""Samples and batches: every token that can be trained is trained once, devices share the work, padding changes nothing."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_bone.data.documents import Documents
+from rwkv_bone.data.samples import EMPTY, Batches, BatchSampler, Samples, magic_prime, magic_slots, pack
+from rwkv_bone.errors import UserError
+
+sizes_of_documents = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(lambda sizes: max(sizes) > 1)
+
+
+def make(sizes, mask=None, gap=0, base=1000):
+    """Documents whose tokens are consecutive numbers, so that each token is known wherever it appears."""
+    sizes = np.array(sizes)
+    tokens = np.arange(base, base + sizes.sum() + gap * len(sizes))
+    return Documents(tokens, np.cumsum(sizes + gap) - sizes - gap, sizes, mask)
+
+
+def predicted(samples):
+    """All (input, target) pairs that have a loss."""
+    rows = [samples[i] for i in range(len(samples))]
+    return [(int(x), int(y)) for row in rows for x, y in zip(row.idx, row.targets) if y != -100]
+
+
+def wanted_pairs(documents, limit=None):
+    """(token, its successor) for all documents, of each the first `limit`."""
+    return [pair for i in range(len(documents)) for pair in list(zip(*[documents[i][0][k:] for k in (0, 1)]))[:limit]]
+
+
+@given(sizes_of_documents, st.integers(1, 9))
+def test_chunk_and_pack_predict_every_token_but_a_documents_first_exactly_once(sizes, ctx_len):
+    documents = make(sizes)
+    for dataload in ("chunk", "pack"):
+        samples = Samples(documents, dataload, ctx_len)
+        assert sorted(predicted(samples)) == wanted_pairs(documents)
+        assert samples.cut == 0 and samples.tokens.sum() == samples.trained.sum() == len(wanted_pairs(documents))
+        assert max(samples.lengths) <= ctx_len
+        assert samples.too_short == sum(size < 2 for size in sizes)
+
+
+@given(sizes_of_documents, st.integers(1, 9))
+def test_pad_and_only_hold_each_document_cut_to_ctx_len(sizes, ctx_len):
+    documents = make(sizes)
+    for dataload in ("pad", "only"):
+        samples = Samples(documents, dataload, ctx_len)
+        assert predicted(samples) == wanted_pairs(documents, ctx_len)
+        assert len(samples) == sum(size > 1 for size in sizes)
+        assert samples.cut == len(wanted_pairs(documents)) - len(wanted_pairs(documents, ctx_len))
+
+
+@given(sizes_of_documents, st.integers(1, 9), st.data())
+def test_only_masked_in_tokens_are_targets(sizes, ctx_len, data):
+    mask = np.array(data.draw(st.lists(st.integers(0, 1), min_size=sum(sizes), max_size=sum(sizes))), np.uint8)
+    for dataload in ("chunk", "pack", "pad"):
+        allowed = {1000 + i for i in np.flatnonzero(mask)}
+        wanted = [pair for pair in predicted(Samples(make(sizes), dataload, ctx_len)) if pair[1] in allowed]
+        if not wanted:
+            with pytest.raises(UserError, match="nothing to train, the mask leaves out"):
+                Samples(make(sizes, mask), dataload, ctx_len)
+            continue
+        samples = Samples(make(sizes, mask), dataload, ctx_len)
+        assert predicted(samples) == wanted
+        assert samples.trained.tolist() == [int((samples[i].targets != -100).sum()) for i in range(len(samples))]
+
+
+@given(sizes_of_documents, st.integers(1, 30))
+def test_packed_rows_have_a_separator_before_each_piece_but_the_first(sizes, ctx_len):
+    batches = Batches(make(sizes), "pack", ctx_len, micro_bsz=3, shuffle=False)
+    seen = 0
+    for batch in batches:
+        for idx, targets, reset in zip(batch["idx"], batch["targets"], batch["reset"]):
+            firsts = reset.nonzero().flatten().tolist()
+            ends = [*(first - 1 for first in firsts[1:]), None]
+            assert firsts[0] == 0 and all(idx[end] == 0 and targets[end] == -100 for end in ends[:-1])
+            for first, end in zip(firsts, ends):
+                piece = idx[first:end]
+                piece = piece[piece != 0]  # the last may be followed by padding
+                assert (piece.diff() == 1).all() and (targets[first:end][: len(piece)] == piece + 1).all()
+                seen += len(piece)
+        assert batch["tokens"] == (batch["targets"] != -100).sum()
+    assert seen == len(wanted_pairs(make(sizes)))
+
+
+@given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 40))
+def test_packed_rows_fit_and_no_two_could_be_one(lengths, ctx_len):
+    rows = pack(np.array(lengths, np.int64), ctx_len)
+    n_rows = len(set(rows.tolist()))
+    assert set(rows.tolist()) == set(range(n_rows))
+    used = [sum(n + 1 for n, row in zip(lengths, rows) if row == k) - 1 for k in range(n_rows)]
+    assert all(0 < slots <= ctx_len for slots in used)
+    assert n_rows < 2 or sum(sorted(used)[:2]) + 1 > ctx_len, "two rows would have fitted into one"
+
+
+# --- get: RWKV-LM's order
+
+
+def is_prime(n):
+    return n > 1 and all(n % d for d in range(2, n))
+
+
+@given(st.integers(3, 400), st.integers(1, 9))
+def test_the_magic_prime_is_the_largest_that_fits(slots, ctx_len):
+    wanted = max(p for p in range(2, slots) if p % 3 == 2 and is_prime(p))
+    assert magic_prime(slots * ctx_len, ctx_len) == wanted == magic_prime(slots * ctx_len + ctx_len - 1, ctx_len)
+
+
+def test_magic_primes_that_others_published():
+    assert magic_prime(1498226207, 512) == 2926181  # minipile, in RWKV-LM's demo scripts
+    assert magic_prime(200499, 4096) == 47
+
+
+@given(st.integers(3, 300))
+def test_an_epoch_of_get_meets_every_slot_once_in_rwkv_lms_order(slots):
+    P = magic_prime(slots * 4, 4)
+    found = magic_slots(slots * 4, 4).tolist()
+    assert found == [int(P * ((math.sqrt(5) - 1) / 2)) * i**3 % P for i in range(1, P + 1)]
+    assert sorted(found) == list(range(P))
+
+
+def test_large_primes_do_not_overflow():
+    found = magic_slots(2926182 * 512 + 600, 512)
+    P = 2926181
+    for i in (1, 2, 1000003, P - 1, P):
+        assert found[i - 1] == int(P * ((math.sqrt(5) - 1) / 2)) * i**3 % P
+
+
+def test_get_reads_slices_across_documents_and_obeys_the_mask():
+    mask = np.ones(60, np.uint8)
+    mask[10:20] = 0
+    documents = make([7, 30, 23], mask)
+    batches = Batches(documents, "get", 5, micro_bsz=2, shuffle=True)
+    rows = [row for batch in batches for row in batch["idx"].tolist()]
+    assert rows == [[1000 + 5 * slot + k for k in range(5)] for slot in magic_slots(60, 5)], "shuffling is not for get"
+    targets = {t for batch in batches for t in batch["targets"].flatten().tolist()}
+    assert targets == {-100, *range(1001, 1010), *range(1020, 1056)}
+    assert batches.samples.cut == 59 - 55
+
+
+def test_devices_share_gets_samples_as_rwkv_lm_does():
+    documents, world, micro_bsz = make([120]), 2, 2
+    for rank in range(world):
+        batches = Batches(documents, "get", 4, micro_bsz, rank, world)
+        found = [row[0] for batch in batches for row in batch["idx"].tolist() if row[0]]
+        numbers = range(1 + rank, 29 + 1, world)  # i = 1 + index * world + rank
+        assert found == [1000 + 4 * magic_slots(120, 4)[i - 1] for i in numbers]
+
+
+# --- which samples make a batch
+
+layouts = st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
+
+
+@given(layouts, st.booleans())
+def test_devices_together_see_every_sample_once_in_equally_many_batches(layout, shuffle):
+    n, micro_bsz, world, epoch = layout
+    per_device = [list(BatchSampler(n, micro_bsz, rank, world, 7, shuffle, epoch)) for rank in range(world)]
+    samples = [i for batches in per_device for batch in batches for i in batch]
+    assert sorted(i for i in samples if i != EMPTY) == list(range(n))
+    assert samples.count(EMPTY) < world
+    shapes = [[len(batch) for batch in batches] for batches in per_device]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert all(size == micro_bsz for size in shapes[0][:-1]) and 0 < shapes[0][-1] <= micro_bsz
+    assert {len(BatchSampler(n, micro_bsz, rank, world)) for rank in range(world)} == {len(shapes[0])}
+
+
+@given(layouts, st.data())
+def test_any_batch_is_reached_at_once_and_a_restart_goes_on_there(layout, data):
+    n, micro_bsz, world, epoch = layout
+    rank = data.draw(st.integers(0, world - 1))
+    whole = list(BatchSampler(n, micro_bsz, rank, world, 3, True, epoch))
+    start = data.draw(st.integers(0, len(whole)))
+    rest = BatchSampler(n, micro_bsz, rank, world, 3, True, epoch, start)
+    assert list(rest) == whole[start:] and len(rest) == len(whole) - start
+    fresh = BatchSampler(n, micro_bsz, rank, world, 3)
+    for number in reversed(range(len(whole))):
+        assert fresh.batch(epoch, number) == whole[number]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {(seed, epoch): tuple(BatchSampler(50, 1, seed=seed).order(epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(set(orders.values())) == 9 and all(sorted(order) == list(range(50)) for order in orders.values())
+    assert BatchSampler(50, 1, seed=1).order(2).tolist() == list(orders[1, 2])
+    assert BatchSampler(5, 1, shuffle=False).order(3).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_order_stays_what_it_was():
+    """Fixed for good: a run that is resumed under another numpy or another version of this package must meet the same samples."""
+    assert BatchSampler(10, 1, seed=5).order(1).tolist() == [3, 0, 1, 7, 6, 2, 4, 5, 9, 8]
+
+
+# --- batches
+
+
+def test_rows_are_padded_to_the_longest_rounded_up_or_to_ctx_len():
+    documents = make([4, 20, 3, 90])
+    for options, widths in (({}, [32, 64]), ({"pad_full": True}, [64, 64])):
+        batches = Batches(documents, "pad", 64, 2, shuffle=False, **options)
+        found = list(batches)
+        assert [batch["idx"].shape for batch in found] == [(2, width) for width in widths]
+        row, targets = found[0]["idx"][0], found[0]["targets"][0]
+        assert row.tolist() == [1000, 1001, 1002] + [0] * (widths[0] - 3)
+        assert targets.tolist() == [1001, 1002, 1003] + [-100] * (widths[0] - 3)
+        assert found[0]["tokens"] == 3 + 19 and found[1]["tokens"] == 2 + 64
+        assert set(found[0]) == {"idx", "targets", "tokens"}
+        assert all(t.dtype == torch.int64 for t in found[0].values())
+    assert [b["idx"].shape[1] for b in Batches(documents, "pad", 70, 2, shuffle=False)] == [32, 70], "never beyond ctx_len"
+    assert [b["idx"].shape for b in Batches(documents, "only", 64, 1, shuffle=False)] == [(1, 3), (1, 19), (1, 2), (1, 64)]
+
+
+def test_token_0_inside_a_document_is_a_token_like_others():
+    documents = Documents(np.array([5, 0, 0, 7, 0]), [0], [5])
+    batch = next(iter(Batches(documents, "pad", 16)))
+    assert batch["targets"][0].tolist() == [0, 0, 7, 0] + [-100] * 12 and batch["tokens"] == 4
+
+
+@given(sizes_of_documents, st.sampled_from(["pad", "chunk", "pack", "only"]), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_the_summary_counts_what_the_batches_hold(sizes, dataload, micro_bsz, world, pad_full):
+    micro_bsz = 1 if dataload == "only" else micro_bsz
+    mask = (np.arange(sum(sizes)) % 3 > 0).astype(np.uint8)
+    documents = make(sizes, mask)
+    try:
+        per_device = [
+            Batches(documents, dataload, 7, micro_bsz, rank, world, seed=2, epoch=1, pad_full=pad_full) for rank in range(world)
+        ]
+    except UserError as error:
+        assert "nothing to train" in str(error)
+        return
+    summary = per_device[0].summary()
+    found = [batch for batches in per_device for batch in batches]
+    assert summary.slots == sum(batch["idx"].numel() for batch in found)
+    assert summary.inputs == sum(int(batch["tokens"]) for batch in found)
+    assert summary.trained == sum(int((batch["targets"] != -100).sum()) for batch in found)
+    assert summary.batches == len(per_device[0]) and summary.documents == len(sizes) and summary.longest == max(sizes)
+    assert summary.tokens == sum(sizes) and summary.inputs + summary.cut + sum(size > 0 for size in sizes) == sum(sizes)
+    assert 0 <= summary.padding < 1
+    if pad_full:
+        assert {batch["idx"].shape[1] for batch in found} == {7}
+
+
+def test_the_summary_for_people():
+    mask = np.ones(3 + 90 + 1, np.uint8)
+    mask[:3] = 0
+    documents = make([3, 90, 1], mask)
+    documents.skipped = 4
+    lines = Batches(documents, "pad", 64, 2).summary().lines()
+    assert lines == [
+        "data: 3 documents, 94 tokens, longest 90; left out 4 empty rows and 1 documents of a single token",
+        "2 samples (--dataload pad), 1 batches a device, padding 48.4%, cut 25 tokens (26.6%)",
+        "64 tokens trained, 97.0% of the 66 read",
+        "1 samples hold no trained token (their answers lie beyond ctx_len?)",
+    ]
+
+
+@pytest.mark.parametrize("dataload", ["pad", "pack"])
+def test_loader_processes_give_the_same_batches(dataload):
+    batches = Batches(make([9, 14, 3, 22, 7, 5, 11]), dataload, 16, 2, seed=1)
+    for other in (batches.loader(0), batches.loader(2), [batches.batch(0, k) for k in range(len(batches))]):
+        assert len(other) == len(batches)
+        for one, two in zip(batches, other, strict=True):
+            assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+    again = pickle.loads(pickle.dumps(batches))
+    assert all(torch.equal(one["idx"], two["idx"]) for one, two in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"dataload": "random"}, "--dataload random is not known; choose from pad, only, chunk, pack, get"),
+    ({"dataload": "only", "micro_bsz": 2}, "one document a batch, not --micro_bsz 2"),
+    ({"dataload": "get", "ctx_len": 10}, "needs 3 x ctx_len tokens, got 29 for ctx_len 10"),
+    ({"ctx_len": 0}, "--ctx_len 0"),
+    ({"micro_bsz": 0}, "--micro_bsz 0"),
+])  # fmt: skip
+def test_mistakes_are_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        Batches(make([29]), **options)
+
+
+def test_documents_with_nothing_to_predict_are_an_error():
+    with pytest.raises(UserError, match="no document has two tokens"):
+        Batches(make([1, 0, 1]))
+
+
+# --- with a model: the loss is that of each document alone
+
+
+def summed_losses(model, batches):
+    """{target token's place: its loss}: in float64, every document's tokens being distinct."""
+    found = {}
+    for batch in batches:
+        hidden, _ = model.hidden(batch["idx"], reset=batch.get("reset"))
+        losses = torch.nn.functional.cross_entropy(
+            model.head(hidden).transpose(1, 2), batch["targets"], ignore_index=-100, reduction="none"
+        )
+        where = batch["targets"] != -100
+        found |= dict(zip(batch["targets"][where].tolist(), losses[where].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[5, 12, 2, 7, 3, 9], [2, 2, 2, 17, 16]])
+def test_packed_and_padded_tokens_have_the_loss_they_have_alone(sizes):
+    from rwkv_bone.models.x060 import RWKV, ModelConfig
+
+    torch.manual_seed(0)
+    model = RWKV(ModelConfig.new(vocab_size=100, n_layer=2, n_embd=16, head_size=8)).initialise().double()
+    model.op = "torch"
+    for p in model.parameters():  # a new model has zeros where a mistake would hide
+        torch.nn.init.normal_(p, std=0.5)
+    documents = make(sizes, base=1)
+    with torch.no_grad():
+        alone = summed_losses(model, Batches(documents, "only", 16, 1))
+        for dataload in ("pad", "pack"):
+            together = summed_losses(model, Batches(documents, dataload, 16, 3))
+            assert together.keys() == alone.keys()
+            assert max(abs(together[k] - alone[k]) for k in alone) < 1e-10
