@@ -84,6 +84,8 @@ class ModelConfig:
             raise UserError(f"{name}: an RWKV-6 model without {error.args[0]}; the file is damaged or cut") from None
         except ValueError:
             raise UserError(f"{name}: tensors of the wrong rank for an RWKV-6 model; the file is damaged") from None
+        if dim_att % head_size:
+            raise UserError(f"{name}: head size {head_size} does not divide dim_att {dim_att}; the file is damaged")
         config = cls(
             vocab_size, len(layers), n_embd, dim_att, dim_ffn, head_size, d_mix_lora, d_decay_lora,
             time_state=att + "time_state" in tensors,
@@ -180,7 +182,7 @@ class TimeMix(nn.Module):
             last = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
             k, log_w = k.masked_fill(last, 0), log_w.masked_fill(last, -math.inf)
         if wkv is None and hasattr(self, "time_state"):
-            wkv = self.time_state.transpose(1, 2).to(log_w.dtype).expand(B, H, N, N)
+            wkv = self.time_state.transpose(1, 2).to(log_w.dtype).expand(B, H, N, N).contiguous()
         y, wkv = wkv6(r, k, v, log_w, self.time_faaaa, wkv, op)
         y = self.ln_x(y.reshape(B * T, H * N)).view(B, T, H * N)
         return self.output(y * g), x[:, -1], wkv
