@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .data.documents import DATA_TYPES
+from .data.samples import DATALOADS
 from .errors import UserError
 from .models import VERSIONS
 from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
@@ -86,14 +88,14 @@ class TrainConfig:
     op: str = flag("auto", "model", "WKV6 kernel; torch needs no compiler", choices=("auto", "cuda", "cpu", "torch"))
 
     data_file: str = flag("", "data", "binidx prefix, or .jsonl files (comma-separated, globs, .gz)")
-    data_type: str = flag("binidx", "data", "what data_file is", choices=("binidx", "jsonl"))
+    data_type: str = flag("auto", "data", "what data_file is; auto: by its ending", choices=("auto", *DATA_TYPES))
     ctx_len: int = flag(512, "data", "longest piece of a document in one sample, in tokens")
     dataload: str = flag(
         "pad",
         "data",
-        "samples: pad (a document each, cut), only (a document a batch, cut), get (random slices, RWKV-LM's order), "
+        "samples: pad (a document each, cut), only (one a batch), get (RWKV-LM's random slices), "
         "chunk (long documents in pieces, nothing cut), pack (short documents share a row)",
-        choices=("pad", "only", "get", "chunk", "pack"),
+        choices=DATALOADS,
     )
     loss_mask: str = flag(
         "answer",

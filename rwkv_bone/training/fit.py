@@ -73,7 +73,7 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
     lines = [
         f"model      {config.load_model or 'new'}: RWKV-6 (x060), {c.n_layer} layers, n_embd {c.n_embd}, dim_att {c.dim_att}, "
         f"{c.n_head} heads of {c.head_size}, dim_ffn {c.dim_ffn}, vocabulary {c.vocab_size}, {total:,} parameters",
-        *(f"data       {line}" for line in data.describe()),
+        *(f"data       {line}" for line in data.describe(world)),
         f"steps      {steps * config.epoch_count:,} = {config.epoch_count} epochs of {steps:,}; a step takes "
         f"{config.micro_bsz} samples x {config.accumulate_grad_batches} micro batches x {world} devices",
     ]
@@ -133,7 +133,9 @@ def fit(model: RWKV, data, config: TrainConfig) -> bool:
     quiet_lightning()
     model.grad_cp = config.grad_cp
     model.op = config.op
+    records = Records(config)
     trainer = L.Trainer(
+        callbacks=[records],
         accelerator="gpu" if device_type(config) == "cuda" else "cpu",
         devices=device_count(config),
         num_nodes=config.num_nodes,
@@ -150,7 +152,7 @@ def fit(model: RWKV, data, config: TrainConfig) -> bool:
     world = trainer.world_size
     geometry = {"devices": world, "samples": data.samples, **{name: getattr(config, name) for name in GEOMETRY}}
     module = FineTune(model, data, config)
-    records = Records(config, geometry)
+    records.geometry = geometry
     if trainer.is_global_zero:
         prepare_folder(config)
         print(describe(model, data, config, world), flush=True)

@@ -19,7 +19,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Shows one step after the other: loss (smoothed), lr, real tokens/s, time to go."""
 
-    def __init__(self, start: int, total: int, stream=sys.stdout):
+    def __init__(self, start: int, total: int):
+        stream = sys.stdout
         self.start, self.total, self.stream = start, total, stream
         self.loss = self.seconds = self.tokens = 0.0
         self.shown_at = 0.0

@@ -51,9 +51,9 @@ def save_result(path: Path, model: RWKV, config: TrainConfig, step: int) -> None
 
 
 class Records(L.Callback):
-    def __init__(self, config: TrainConfig, geometry: dict[str, Any]):
+    def __init__(self, config: TrainConfig):
         self.config = config
-        self.geometry = geometry  # what must be alike when the run goes on
+        self.geometry: dict[str, Any] = {}  # what must be alike when the run goes on
         self.dir = Path(config.proj_dir)
         self.saved_at = time.monotonic()
         self.epoch_loss = self.epoch_trained = 0.0

@@ -1,14 +1,16 @@
 """train.py's body: command line -> configuration -> model, data, adapter -> a finished run."""
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import load_adapter, load_model
 from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV, ModelConfig
-from ..peft import METHODS, inject, train_parts
+from ..peft import METHODS, inject, start_from_gradients, train_parts
 from .fit import base_dtype, fit
 from .loader import TrainingData
+from .loss import cross_entropy_sum
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(config.random_seed)
     model = make_model(config)
     data = TrainingData.open(config, model.config.vocab_size)
-    adapt(model, config)
+    adapt(model, data, config)
     return 0 if fit(model, data, config) else 130
 
 
@@ -39,7 +41,7 @@ def make_model(config: TrainConfig) -> RWKV:
     return model.to(base_dtype(config))
 
 
-def adapt(model: RWKV, config: TrainConfig) -> None:
+def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> None:
     """Put the chosen adapter on the model, or an earlier one's values with it; the rest of the base is frozen."""
     if config.peft == "none":
         model.requires_grad_(True)
@@ -50,5 +52,15 @@ def adapt(model: RWKV, config: TrainConfig) -> None:
             raise UserError(f"{config.peft_checkpoint} holds {info['method']}; --peft {config.peft} cannot start from it")
     else:
         method = METHODS[config.peft]
-        inject(model, method, method.config_from(config.peft_options, config.peft), config.parts)
+        options = method.config_from(config.peft_options, config.peft)
+        inject(model, method, options, config.parts)
+        if method.starts_from_gradient:
+            first = data.batches()
+            micro_batches = [first.batch(0, n) for n in range(min(options.init_batches, len(first)))]
+            start_from_gradients(model, lambda micro: mean_loss(model, micro), micro_batches)
     train_parts(model, config.train_parts)
+
+
+def mean_loss(model: RWKV, micro: dict[str, Tensor]) -> Tensor:
+    hidden, _ = model.hidden(micro["idx"], reset=micro.get("reset"))
+    return cross_entropy_sum(hidden, model.head.weight, micro["targets"]) / (micro["targets"] >= 0).sum().clamp(min=1)

@@ -1,0 +1,79 @@
+"""From the data room's batches to optimiser steps: which micro batches a step takes, from any step on."""
+
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import TrainConfig
+from ..data.documents import open_documents
+from ..data.samples import Batches
+from ..data.tokenizer import open_tokenizer
+
+
+class Steps(Dataset):
+    """Item i is the list of micro batches of optimiser step `first + i`, for one device."""
+
+    def __init__(self, batches: Batches, first: int, last: int, per_epoch: int, accumulate: int):
+        self.batches, self.first, self.last = batches, first, last
+        self.per_epoch, self.accumulate = per_epoch, accumulate
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> list[dict]:
+        if i >= len(self):
+            raise IndexError(i)
+        epoch, step = divmod(self.first + i, self.per_epoch)
+        start = step * self.accumulate
+        stop = min(start + self.accumulate, self.batches.sampler.batches_per_epoch)
+        return [self.batches.batch(epoch, number) for number in range(start, stop)]
+
+
+class TrainingData:
+    """The documents of a run and how they are cut into samples, micro batches and steps."""
+
+    def __init__(self, documents, config: TrainConfig):
+        self.documents, self.config = documents, config
+        self.samples = len(self.batches().samples)
+
+    @classmethod
+    def open(cls, config: TrainConfig, vocab_size: int) -> "TrainingData":
+        """Open --data_file with the tokenizer it needs; every token is checked against the vocabulary."""
+        text = config.data_type in ("jsonl", "utf-8") or (config.data_type == "auto" and ".jsonl" in config.data_file)
+        tokenizer = None
+        if text or config.data_file.endswith(".txt"):
+            tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
+        loss_mask = "all" if config.loss_mask == "none" else config.loss_mask
+        documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
+        return cls(documents, config)
+
+    def batches(self, rank: int = 0, world: int = 1) -> Batches:
+        c = self.config
+        return Batches(
+            self.documents, c.dataload, c.ctx_len, c.micro_bsz, rank, world, max(c.random_seed, 0), c.data_shuffle
+        )
+
+    def steps_per_epoch(self, world: int) -> int:
+        """Optimiser steps that an epoch takes on `world` devices."""
+        per_device = -(-self.samples // world)
+        micro_batches = -(-per_device // self.config.micro_bsz)
+        steps = -(-micro_batches // self.config.accumulate_grad_batches)
+        return min(steps, self.config.epoch_steps or steps)
+
+    def loader(self, rank: int, world: int, first: int, last: int) -> DataLoader:
+        """Steps `first` to `last` - 1 of the run."""
+        steps = Steps(
+            self.batches(rank, world), first, last, self.steps_per_epoch(world), self.config.accumulate_grad_batches
+        )
+        return DataLoader(steps, batch_size=None, num_workers=0)
+
+    def tokens_in_micro_batch(self) -> int:
+        """The most that one holds, padding counted."""
+        batches = self.batches()
+        longest = int(batches.samples.lengths.max())
+        return self.config.micro_bsz * min(-(-longest // batches.round_to) * batches.round_to, self.config.ctx_len)
+
+    def describe(self, world: int) -> list[str]:
+        lines = self.batches(0, world).summary().lines()
+        steps, all_steps = self.steps_per_epoch(world), self.batches(0, world).sampler.batches_per_epoch
+        if steps * self.config.accumulate_grad_batches < all_steps:
+            lines.append(f"--epoch_steps {steps} ends each epoch before all of it was seen")
+        return lines

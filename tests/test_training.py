@@ -1,0 +1,217 @@
+"""train.py as a user runs it: what it says, what it writes, that it learns, stops and goes on, and refuses bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, save_tensors
+from rwkv_bone.errors import run
+from rwkv_bone.training.run import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, request):
+    """A folder with a small base model of vocabulary 257 and a jsonl of 24 short documents."""
+    from tests.conftest import small_model
+
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    model = small_model(dtype=torch.float32, vocab_size=257, n_layer=2, n_embd=32, dim_att=32, dim_ffn=64, head_size=8)
+    save_tensors(folder / "base.pth", {name: t.bfloat16() for name, t in model.state_dict().items()})
+    rows = [{"text": f"{i} and {i} is {2 * i}. " * (1 + i % 3)} for i in range(24)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def train(folder: Path, *flags, check: bool = True, name: str = "run", **popen) -> subprocess.CompletedProcess:
+    argv = [sys.executable, str(ROOT / "train.py"), *arguments(folder, *flags, name=name)]
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=folder, timeout=300, check=False, **popen)
+    if check:
+        assert result.returncode == 0, result.stderr + result.stdout
+    return result
+
+
+def arguments(folder: Path, *flags, name: str = "run") -> list[str]:
+    usual = {
+        "--load_model": folder / "base.pth",
+        "--data_file": folder / "data.jsonl",
+        "--data_type": "jsonl",
+        "--ctx_len": 32,
+        "--micro_bsz": 4,
+        "--r": 8,
+        "--lr_init": "1e-2",
+        "--proj_dir": folder / name,
+        "--accelerator": "cpu",
+        "--threads": 1,
+    }
+    given = [str(f) for f in flags]
+    if "none" in given:  # --peft none has no options
+        del usual["--r"]
+    return [str(w) for flag, value in usual.items() if flag not in given for w in (flag, value)] + given
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "loss_data.jsonl").read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    return train(world, "--epoch_count", 3)
+
+
+def test_before_the_first_step_all_that_matters_is_printed(finished):
+    out = finished.stdout
+    for text in (
+        "2 layers, n_embd 32",
+        "24 documents",
+        "18 = 3 epochs of 6",
+        "bone: W'_ij = W_ij + W_ij B_j + B_j; r=8",
+        "att.key",
+        "ffn.value",
+        "fp32",
+        "memory",
+        "rwkv-2.pth",
+    ):
+        assert text in out, out
+    assert "\r" not in out and "\x1b" not in out  # not a terminal: no control codes
+
+
+def test_the_loss_falls_and_every_file_is_there(world, finished):
+    run = world / "run"
+    seen = losses(run)
+    assert [step for step, _ in seen] == list(range(1, 19))
+    assert seen[-1][1] < 0.8 * seen[0][1]
+    assert {f"rwkv-{n}.{kind}" for n in range(3) for kind in ("pth", "json")} <= {p.name for p in run.iterdir()}
+    assert len((run / "train_log.txt").read_text().splitlines()) == 3
+    metrics = next(run.glob("metrics/version_*/metrics.csv")).read_text().splitlines()
+    assert len(metrics) == 19 and "loss" in metrics[0]
+    info = json.loads((run / "rwkv-2.json").read_text())
+    assert (info["method"], info["options"], info["step"]) == ("bone", {"r": 8}, 18)
+
+
+def test_base_and_adapter_files_are_the_tuned_model(world, finished):
+    base, tuned = (load_model(world / "base.pth", torch.float32) for _ in range(2))
+    load_adapter(tuned, world / "run" / "rwkv-2.pth")
+    idx = torch.tensor([[1 + b for b in b"7 and 7 is 14. "]])
+    with torch.no_grad():
+        nll = [torch.nn.functional.cross_entropy(m(idx)[0][0, :-1], idx[0, 1:]).item() for m in (base, tuned)]
+    assert nll[1] < 0.8 * nll[0]
+
+
+def test_the_base_file_is_never_touched(world, finished):
+    assert (world / "base.pth").stat().st_mtime < (world / "run" / "rwkv-0.pth").stat().st_mtime
+
+
+def test_a_finished_run_is_not_overwritten_unless_told(world, finished):
+    before = (world / "run" / "rwkv-2.pth").read_bytes()
+    refused = train(world, check=False)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr
+    again = train(world, "--epoch_count", 3, "--resume", "auto")
+    assert "complete" in again.stdout
+    assert (world / "run" / "rwkv-2.pth").read_bytes() == before
+
+
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end(world, finished):
+    flags = ("--epoch_count", 3, "--resume", "auto")
+    argv = [sys.executable, str(ROOT / "train.py"), *arguments(world, *flags, name="stopped")]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
+    log = world / "stopped" / "loss_data.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert "--resume auto" in out
+    stopped_at = len(losses(world / "stopped"))
+    assert stopped_at < 18
+    assert (world / "stopped" / "rwkv-interrupted.pth").exists()
+    resumed = train(world, *flags, name="stopped")
+    assert f"after step {stopped_at}" in resumed.stdout
+    assert losses(world / "stopped") == losses(world / "run")
+    ends = [open_tensors(world / name / "rwkv-2.pth") for name in ("run", "stopped")]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_a_new_model_trains_from_scratch(world):
+    sizes = ("--n_layer", 1, "--n_embd", 32, "--head_size_a", 8, "--vocab_size", 257)
+    train(world, "--load_model", "", "--peft", "none", *sizes, "--epoch_count", 2, name="scratch")
+    seen = losses(world / "scratch")
+    assert seen[-1][1] < seen[0][1]
+    assert load_model(world / "scratch" / "rwkv-1.pth").config.n_layer == 1
+
+
+def test_parts_of_the_base_train_beside_the_adapter(world):
+    train(world, "--train_parts", "time", "ln", "--precision", "bf16", name="parts")
+    tensors = open_tensors(world / "parts" / "rwkv-0.pth")
+    assert tensors["blocks.1.att.time_decay"].dtype == torch.bfloat16
+    base = open_tensors(world / "base.pth")
+    for name in ("blocks.0.att.time_decay", "blocks.1.ln1.weight", "ln_out.bias"):
+        assert not torch.equal(tensors[name], base[name]), name
+    assert tensors["blocks.0.att.key.bone"].dtype == torch.float32
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(world):
+    train(world, "--micro_bsz", 8, name="large")
+    train(world, "--micro_bsz", 2, "--accumulate_grad_batches", 4, name="small")
+    for (step, a), (_, b) in zip(losses(world / "large"), losses(world / "small"), strict=True):
+        assert a == pytest.approx(b, abs=2e-5), step
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load_model", "none.pth"], "none.pth: no such file"),
+        (["--load_model", "data.jsonl"], "data.jsonl: not a .pth"),
+        (["--n_layer", "3"], "--n_layer 3 contradicts"),
+        (["--vocab_size", "65536"], "--vocab_size 65536 contradicts"),
+        (["--load_model", ""], "--peft bone needs a base model"),
+        (["--data_file", "none.jsonl"], "none.jsonl"),
+        (["--data_file", "broken.jsonl"], "line 2"),
+        (["--data_file", "empty.jsonl"], "empty.jsonl"),
+        (["--data_type", "binidx", "--data_file", "none"], "none"),
+        (["--parts", "attn"], "--parts attn names no projection"),
+        (["--train_parts", "tme"], "--train_parts tme: unknown"),
+        (["--accelerator", "gpu"], "sees no GPU"),
+        (["--proj_dir", "base.pth/x"], "--proj_dir"),
+        (["--lr_init", "1e30", "--grad_clip", "0", "--epoch_count", "3"], "gradient norm"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(world, flags, message, capsys, monkeypatch):
+    (world / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    (world / "empty.jsonl").write_text("")
+    if "gpu" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: main(arguments(world, *flags, name="bad" + str(abs(hash(tuple(flags)))))))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said
+    assert said.count("\n") == 1 and said.startswith("error: ")
+
+
+def test_dry_run_prints_and_writes_no_training_file(world):
+    out = train(world, "--dry_run", name="dry").stdout
+    assert "steps" in out and not list((world / "dry").iterdir())
+
+
+def test_a_full_disk_stops_the_run_with_a_message(world):
+    def limit():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    result = train(world, "--op", "torch", check=False, name="full", preexec_fn=limit, env=environment)
+    assert result.returncode == 2 and "cannot be written" in result.stderr
+    assert not list((world / "full").glob("rwkv-*")) and not list((world / "full").glob("**/*.tmp"))
