@@ -339,13 +339,15 @@ template <class F> struct Chunk {
     F *decay;                     // the decay of the chunk, one row
     F *a, *da;                    // A and dA, (L, L)
 
+    // One vector more than L rows: buffers a power of two apart would share the same few sets of the cache.
+    static int64_t size(int64_t nv) { return (nv * L + 1) * W; }
     static int64_t floats(int64_t nv, bool backward) {
-        return (backward ? 17 : 9) * nv * L * W + nv * W + (backward ? 2 : 1) * L * L;
+        return (backward ? 17 : 9) * size(nv) + nv * W + (backward ? 2 : 1) * L * L;
     }
     Chunk(F* p, int64_t N, int64_t nv, bool backward) : N(N), nv(nv) {
-        for (F** x : {&r, &k, &v, &w, &rt, &kh, &x8, &x4, &x2}) *x = p, p += nv * L * W;
+        for (F** x : {&r, &k, &v, &w, &rt, &kh, &x8, &x4, &x2}) *x = p, p += size(nv);
         if (backward)
-            for (F** x : {&f8, &f4, &prefix, &suffix, &gy, &dr, &dk, &dv}) *x = p, p += nv * L * W;
+            for (F** x : {&f8, &f4, &prefix, &suffix, &gy, &dr, &dk, &dv}) *x = p, p += size(nv);
         decay = p, p += nv * W;
         a = p, p += L * L;
         da = p;
@@ -501,7 +503,7 @@ template <class F> struct Chunk {
     }
 };
 
-// ---- one (batch, head), or a segment of its tokens
+// ---- heads
 
 // Zeroed, aligned memory that goes with its scope.
 template <class F> struct Buffer {
@@ -515,119 +517,191 @@ template <class F> struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-template <class F> struct Head {
+// Heads h0 <= h < h1 of batch row b. Tokens go in blocks, and all heads do a block before the next one: they share the
+// pages of memory that their rows lie on, and looking up pages is a good part of the cost of reaching memory.
+template <class F> struct Heads {
     static constexpr int W = Lanes<F>::W;
     const Problem& p;
-    int64_t N, nv, np, b, h, bh, stride, blocks;
+    int64_t b, h0, h1, N, nv, np, square, stride, blocks;
 
-    Head(const Problem& p, int64_t bh)
-        : p(p), N(p.N), nv((p.N + W - 1) / W), np(nv * W), b(bh / p.H), h(bh % p.H), bh(bh), stride(p.H * p.N),
+    Heads(const Problem& p, int64_t b, int64_t h0, int64_t h1)
+        : p(p), b(b), h0(h0), h1(h1), N(p.N), nv((p.N + W - 1) / W), np(nv * W), square(np * np), stride(p.H * p.N),
           blocks((p.T + kCheckpoint - 1) / kCheckpoint) {}
 
-    int64_t offset(int64_t t) const { return (b * p.T + t) * stride + h * N; }
-    void load(F* to, const void* from, int type, int64_t t, int64_t n) const {
-        load_rows(to, from, offset(t), type, n, stride, N);
+    int64_t offset(int64_t h, int64_t t) const { return (b * p.T + t) * stride + h * N; }
+    // The chunk of head h at t, and how many tokens it has (0: there is none).
+    struct Place { int64_t h, t, n; };
+
+    void load(F* to, const void* from, int type, Place at) const {
+        load_rows(to, from, offset(at.h, at.t), type, at.n, stride, N);
     }
-    void save(void* to, int type, const F* from, int64_t t, int64_t n) const {
-        store_rows(to, offset(t), type, from, n, stride, N);
+    void save(void* to, int type, const F* from, Place at) const {
+        store_rows(to, offset(at.h, at.t), type, from, at.n, stride, N);
     }
-    void load_state(F* to, const F* from) const {
-        if (from) load_as(to, from, N, np, N, N);
-        else memset(to, 0, np * np * sizeof(F));
+    // Asks for a chunk's rows ahead of their use, between the steps of the chunk before: rows are `stride` apart, which
+    // is more than a processor foresees.
+    template <bool kWrite = false> INLINE void fetch(const void* rows, int type, Place at) const {
+        int64_t size = type == kBFloat16 ? 2 : sizeof(F);
+        for (int64_t i = 0; i < at.n; i++) {
+            const char* row = static_cast<const char*>(rows) + offset(at.h, at.t + i) * size;
+            for (int64_t j = 0; j < N * size; j += 64) __builtin_prefetch(row + j, kWrite, 3);
+        }
     }
+    void load_state(F* to, const F* from) const { load_as(to, from, N, np, N, N); }
     void save_state(F* to, const F* from) const { store_as(to, from, N, np, N, N); }
-
-    // The tokens t0 <= t < t1, from the state `from` (or zeros). Writes the state after them to `to`.
-    void forward(int64_t t0, int64_t t1, const F* from, F* to) const {
-        Buffer<F> memory(Chunk<F>::floats(nv, false) + np * np + np);
-        Chunk<F> c(memory.p, N, nv, false);
-        F *state = memory.p + Chunk<F>::floats(nv, false), *u = state + np * np;
-        load_state(state, from);
-        load_as(u, static_cast<const F*>(p.u) + h * N, 1, 1, N, N);
-        for (int64_t t = t0; t < t1; t += L) {
-            if (p.checkpoints && t % kCheckpoint == 0)
-                save_state(static_cast<F*>(p.checkpoints) + (bh * blocks + t / kCheckpoint) * N * N, state);
-            int64_t n = least(L, t1 - t);
-            load(c.r, p.r, p.type, t, n);
-            load(c.k, p.k, p.type, t, n);
-            load(c.v, p.v, p.type, t, n);
-            load(c.w, p.log_w, p.w_type, t, n);
-            c.template decays<false, false>();
-            c.scores(u);
-            product(c.r, c.rt, state, N, nv, kLower, c.a, c.v);
-            save(p.y, p.type, c.r, t, n);
-            update<true>(state, state, c.decay, c.kh, c.v, nv);
-        }
-        if (to) save_state(to, state);
+    F* checkpoint(int64_t h, int64_t block) const {
+        return static_cast<F*>(p.checkpoints) + (((b * p.H + h) * blocks) + block) * N * N;
     }
 
-    // The same tokens' gradients, from the gradient of the state after them, `from` (or zeros). Writes the gradient of
-    // the state before them to `to`; gu has np zeros.
-    void backward(int64_t t0, int64_t t1, const F* from, F* to, F* gu) const {
-        int64_t square = np * np, chunks = kCheckpoint / L;
-        Buffer<F> memory(Chunk<F>::floats(nv, true) + (chunks + 2) * square + np);
-        Chunk<F> c(memory.p, N, nv, true);
-        F *states = memory.p + Chunk<F>::floats(nv, true);  // transposed: rows are values
-        F *g = states + chunks * square, *gt = g + square, *u = gt + square;
-        load_state(g, from);
-        transpose(gt, g, nv);
-        load_as(u, static_cast<const F*>(p.u) + h * N, 1, 1, N, N);
-        for (int64_t block = (t1 - 1) / kCheckpoint; block >= t0 / kCheckpoint; block--) {
-            int64_t start = block * kCheckpoint, end = least(start + kCheckpoint, t1);
-            load_state(g, static_cast<const F*>(p.checkpoints) + (bh * blocks + block) * N * N);
-            transpose(states, g, nv);
-            F* state = states;
-            for (int64_t t = start; t + L < end; t += L, state += square) {
-                load(c.k, p.k, p.type, t, L);
-                load(c.v, p.v, p.type, t, L);
-                load(c.w, p.log_w, p.w_type, t, L);
-                c.template decays<true, false>();
-                update<false>(state + square, state, c.decay, c.v, c.kh, nv);
-            }
-            for (int64_t t = start + (state - states) / square * L; t >= start; t -= L, state -= square) {
-                int64_t n = least(L, end - t);
-                load(c.r, p.r, p.type, t, n);
-                load(c.k, p.k, p.type, t, n);
-                load(c.v, p.v, p.type, t, n);
-                load(c.gy, p.gy, p.type, t, n);
-                load(c.w, p.log_w, p.w_type, t, n);
-                c.template decays<false, true>();
-                c.scores(u);
-                c.score_gradients();
-                transpose(g, gt, nv);
-                product(c.dr, c.gy, state, N, nv);
-                product(c.dk, c.v, gt, N, nv);
-                product(c.dv, c.kh, g, N, nv, kUpper, c.a, c.gy);
-                c.finish(state, gt, u, gu);
-                save(p.gr, p.type, c.dr, t, n);
-                save(p.gk, p.type, c.dk, t, n);
-                save(p.gv, p.type, c.dv, t, n);
-                save(p.gw, p.w_type, c.w, t, n);
-                update<false>(gt, gt, c.decay, c.gy, c.rt, nv);
-            }
+    // The tokens t0 <= t < t1 from the states `from` (null for zeros), (h1 - h0, N, N). The states after them go to `to`.
+    void forward(int64_t t0, int64_t t1, const F* from, F* to) const {
+        int64_t size = Chunk<F>::floats(nv, false), n = h1 - h0;
+        Buffer<F> memory(size + n * (square + np));
+        Chunk<F> c(memory.p, N, nv, false);
+        F *states = memory.p + size, *us = states + n * square;
+        for (int64_t i = 0; i < n; i++) {
+            if (from) load_state(states + i * square, from + i * N * N);
+            else memset(states + i * square, 0, square * sizeof(F));
+            load_as(us + i * np, static_cast<const F*>(p.u) + (h0 + i) * N, 1, 1, N, N);
         }
+        for (int64_t start = t0; start < t1; start += kCheckpoint)
+            for (int64_t h = h0; h < h1; h++) {
+                F *state = states + (h - h0) * square, *u = us + (h - h0) * np;
+                if (p.checkpoints) save_state(checkpoint(h, start / kCheckpoint), state);
+                int64_t end = least(start + kCheckpoint, t1);
+                for (int64_t t = start; t < end; t += L) {
+                    Place next = t + L < end ? Place{h, t + L} : h + 1 < h1 ? Place{h + 1, start} : Place{h0, end};
+                    next.n = least(L, t1 - next.t);
+                    forward_chunk(c, {h, t, least(L, end - t)}, next, state, u);
+                }
+            }
+        for (int64_t i = 0; i < n; i++) save_state(to + i * N * N, states + i * square);
+    }
+
+    void forward_chunk(Chunk<F>& c, Place at, Place next, F* state, const F* u) const {
+        load(c.r, p.r, p.type, at);
+        load(c.k, p.k, p.type, at);
+        load(c.v, p.v, p.type, at);
+        load(c.w, p.log_w, p.w_type, at);
+        fetch(p.r, p.type, next);
+        fetch<true>(p.y, p.type, at);
+        c.template decays<false, false>();
+        fetch(p.k, p.type, next);
+        c.scores(u);
+        fetch(p.v, p.type, next);
+        product(c.r, c.rt, state, N, nv, kLower, c.a, c.v);
+        fetch(p.log_w, p.w_type, next);
+        save(p.y, p.type, c.r, at);
+        update<true>(state, state, c.decay, c.kh, c.v, nv);
+    }
+
+    // The same tokens' gradients, from those of the states after them, `from` (null for zeros). Those of the states
+    // before them go to `to`; gu is (h1 - h0, np) zeros.
+    void backward(int64_t t0, int64_t t1, const F* from, F* to, F* gu) const {
+        int64_t size = Chunk<F>::floats(nv, true), n = h1 - h0;
+        Buffer<F> memory(size + (kCheckpoint / L + 1 + n) * square + n * np);
+        Chunk<F> c(memory.p, N, nv, true);
+        F *states = memory.p + size, *g = states + kCheckpoint / L * square, *gts = g + square, *us = gts + n * square;
+        for (int64_t i = 0; i < n; i++) {
+            if (from) {
+                load_state(g, from + i * N * N);
+                transpose(gts + i * square, g, nv);
+            } else memset(gts + i * square, 0, square * sizeof(F));
+            load_as(us + i * np, static_cast<const F*>(p.u) + (h0 + i) * N, 1, 1, N, N);
+        }
+        for (int64_t start = (t1 - 1) / kCheckpoint * kCheckpoint; start >= t0; start -= kCheckpoint)
+            for (int64_t h = h0; h < h1; h++) {
+                int64_t end = least(start + kCheckpoint, t1), i = h - h0;
+                Place after = h + 1 < h1 ? Place{h + 1, start} : Place{h0, start - kCheckpoint};
+                after.n = after.t >= t0 ? least(L, t1 - after.t) : 0;
+                load_state(g, checkpoint(h, start / kCheckpoint));
+                transpose(states, g, nv);
+                int64_t t = start, s = 0;
+                for (; t + L < end; t += L, s++)
+                    next_state(c, {h, t, L}, {h, t + L, least(L, end - t - L)}, states + s * square);
+                for (; t >= start; t -= L, s--)
+                    backward_chunk(c, {h, t, least(L, end - t)}, {h, t - L, t > start ? L : 0}, after,
+                                   states + s * square, g, gts + i * square, us + i * np, gu + i * np);
+            }
+        for (int64_t i = 0; i < n; i++) {
+            transpose(g, gts + i * square, nv);
+            save_state(to + i * N * N, g);
+        }
+    }
+
+    // From the transposed state before a chunk that after it, behind it in memory.
+    void next_state(Chunk<F>& c, Place at, Place next, F* state) const {
+        load(c.k, p.k, p.type, at);
+        load(c.v, p.v, p.type, at);
+        load(c.w, p.log_w, p.w_type, at);
+        fetch(p.k, p.type, next);
+        fetch(p.v, p.type, next);
+        c.template decays<true, false>();
+        fetch(p.log_w, p.w_type, next);
+        update<false>(state + square, state, c.decay, c.v, c.kh, nv);
+    }
+
+    // state: transposed, before the chunk; gt: its gradient, after the chunk and then before it; g: room for one.
+    void backward_chunk(Chunk<F>& c, Place at, Place next, Place after, const F* state, F* g, F* gt, const F* u,
+                        F* gu) const {
+        load(c.r, p.r, p.type, at);
+        load(c.k, p.k, p.type, at);
+        load(c.v, p.v, p.type, at);
+        load(c.gy, p.gy, p.type, at);
+        load(c.w, p.log_w, p.w_type, at);
+        fetch(p.r, p.type, next);
+        c.template decays<false, true>();
+        c.scores(u);
+        fetch(p.gy, p.type, next);
+        c.score_gradients();
+        fetch<true>(p.gr, p.type, at);
         transpose(g, gt, nv);
-        if (to) save_state(to, g);
+        product(c.dr, c.gy, state, N, nv);
+        fetch<true>(p.gk, p.type, at);
+        product(c.dk, c.v, gt, N, nv);
+        fetch<true>(p.gv, p.type, at);
+        product(c.dv, c.kh, g, N, nv, kUpper, c.a, c.gy);
+        fetch<true>(p.gw, p.w_type, at);
+        c.finish(state, gt, u, gu);
+        save(p.gr, p.type, c.dr, at);
+        save(p.gk, p.type, c.dk, at);
+        save(p.gv, p.type, c.dv, at);
+        save(p.gw, p.w_type, c.w, at);
+        if (next.n == 0) {
+            fetch(p.k, p.type, after);
+            fetch(p.v, p.type, after);
+            fetch(p.log_w, p.w_type, after);
+        }
+        update<false>(gt, gt, c.decay, c.gy, c.rt, nv);
     }
 };
 
+// How many tasks a batch row's heads are cut into: enough for all threads, and at most 8 heads a task.
+inline int64_t groups(const Problem& p, int threads) {
+    int64_t a = (p.H + 7) / 8, b = (threads + p.B - 1) / p.B;
+    return least(a > b ? a : b, p.H);
+}
+
 template <class F> void forward_as(const Problem& p, const Threads& threads) {
-    threads.each(p.B * p.H, [&](int64_t bh) {
+    int64_t square = p.N * p.N, cut = groups(p, threads.count);
+    threads.each(p.B * cut, [&](int64_t task) {
+        int64_t b = task / cut, h0 = task % cut * p.H / cut, h1 = (task % cut + 1) * p.H / cut, at = b * p.H + h0;
         const F* state = static_cast<const F*>(p.state);
-        Head<F>(p, bh).forward(0, p.T, state ? state + bh * p.N * p.N : nullptr,
-                               static_cast<F*>(p.final_state) + bh * p.N * p.N);
+        Heads<F>(p, b, h0, h1).forward(0, p.T, state ? state + at * square : nullptr,
+                                       static_cast<F*>(p.final_state) + at * square);
     });
 }
 
 template <class F> void backward_as(const Problem& p, const Threads& threads) {
     constexpr int W = Lanes<F>::W;
-    int64_t np = (p.N + W - 1) / W * W;
+    int64_t np = (p.N + W - 1) / W * W, square = p.N * p.N, cut = groups(p, threads.count);
     Buffer<F> gu(p.B * p.H * np);
     memset(gu.p, 0, p.B * p.H * np * sizeof(F));
-    threads.each(p.B * p.H, [&](int64_t bh) {
+    threads.each(p.B * cut, [&](int64_t task) {
+        int64_t b = task / cut, h0 = task % cut * p.H / cut, h1 = (task % cut + 1) * p.H / cut, at = b * p.H + h0;
         const F* gfinal = static_cast<const F*>(p.gfinal);
-        Head<F>(p, bh).backward(0, p.T, gfinal ? gfinal + bh * p.N * p.N : nullptr,
-                                static_cast<F*>(p.gstate) + bh * p.N * p.N, gu.p + bh * np);
+        Heads<F>(p, b, h0, h1).backward(0, p.T, gfinal ? gfinal + at * square : nullptr,
+                                        static_cast<F*>(p.gstate) + at * square, gu.p + at * np);
     });
     F* out = static_cast<F*>(p.gu);
     memset(out, 0, p.H * p.N * sizeof(F));
