@@ -85,7 +85,8 @@ class AdapterLinear(nn.Module):
             if known[name] is float and type(value) is int:
                 value = float(value)
             if type(value) is not known[name]:
-                raise UserError(f"--peft {method}: {name} is a {known[name].__name__}, not {value!r}")
+                article = "an" if known[name] is int else "a"
+                raise UserError(f"--peft {method}: {name} is {article} {known[name].__name__}, not {value!r}")
             typed[name] = value
         return cls.Config(**typed)
 
@@ -138,8 +139,9 @@ def inject(
     parts = list(parts)
     for part in parts:
         if not any(matches(name, [part]) for name in linears):
-            known = sorted({".".join(name.split(".")[-2:]) for name in linears})
-            raise UserError(f"--parts {part} names no projection of this model; it has att, ffn, {', '.join(known)}")
+            pairs = {".".join(name.split(".")[-2:]) for name in linears}
+            known = sorted(pairs | {pair.split(".")[0] for pair in pairs})
+            raise UserError(f"--parts {part} names no projection of this model; it has {', '.join(known)}")
     names = [name for name in linears if matches(name, parts)]
     for layer in attach(model, method, config, names):
         if not method.starts_from_gradient:
