@@ -369,7 +369,7 @@ def test_a_small_step_away_from_a_shifted_start_survives_in_bf16():
 
 
 def test_a_part_that_a_model_does_not_have_is_refused(make_model):
-    with pytest.raises(UserError, match="--parts atn names no projection of this model; it has att, att.gate, "):
+    with pytest.raises(UserError, match="--parts atn names no projection of this model; it has att, "):
         inject(make_model(), METHODS["bone"], METHODS["bone"].Config(), ["att", "atn"])
 
 
