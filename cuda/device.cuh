@@ -37,6 +37,13 @@ DEVICE float ex2(float x) {
   return y;
 }
 
+// The larger of two bf16, for both halves.
+DEVICE uint32_t max_bf16(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
 // The nearest tf32 number, as the operand of an mma.
 DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
@@ -50,6 +57,14 @@ DEVICE void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with A (16, 8) B (8, 8): a[0], a[1] and b0 alone.
+DEVICE void mma_bf16_k8(float* d, const uint32_t* a, uint32_t b0) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
 }
 
 // D (16, 8) += A (16, 8) B (8, 8): tf32 operands.
@@ -134,6 +149,10 @@ DEVICE float ex2(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.f : y;
 }
+DEVICE uint32_t max_bf16(uint32_t a, uint32_t b) {
+  return pack_bf16(fmaxf(bits_to_float(a << 16), bits_to_float(b << 16)),
+                   fmaxf(bits_to_float(a & 0xffff0000u), bits_to_float(b & 0xffff0000u)));
+}
 DEVICE uint32_t to_tf32(float x) {  // nearest, ties away from zero
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -141,6 +160,10 @@ DEVICE uint32_t to_tf32(float x) {  // nearest, ties away from zero
 }
 DEVICE void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, CUDA_SHIM_HERE) {
   shim::mma(shim::mma_m16n8k16_bf16, d, a, b0, b1, {file, line});
+}
+DEVICE void mma_bf16_k8(float* d, const uint32_t* a, uint32_t b0, CUDA_SHIM_HERE) {
+  const uint32_t widened[4] = {a[0], a[1], 0, 0};
+  shim::mma(shim::mma_m16n8k16_bf16, d, widened, b0, 0, {file, line});
 }
 DEVICE void mma_tf32(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, CUDA_SHIM_HERE) {
   shim::mma(shim::mma_m16n8k8_tf32, d, a, b0, b1, {file, line});
