@@ -92,10 +92,10 @@ INLINE void store(bf16* p, Vec<float> x) {  // round to nearest, ties to even; N
 // Error 1e-7 relative; exactly 0 below -86.6 (fp32 has no normal number there), -inf included; exactly 1 at 0.
 INLINE Vec<float> exponential(Vec<float> x) {
     using V = Vec<float>;
-    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-    x = (V)(((Int)x & ~(x > 88.f)) | ((Int)(V{} + 88.f) & (x > 88.f)));
-    V shifted = x * 1.44269504f + magic;
-    V n = shifted - magic;
+    const V most = V{} + 88.f;
+    x = most < x ? most : x;
+    V shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23 rounds to an integer, in the low bits
+    V n = shifted - 12582912.f;
     V f = x - n * 0.693359375f;
     f = f + n * 2.12194440e-4f;
     V p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' expf
@@ -104,7 +104,8 @@ INLINE Vec<float> exponential(Vec<float> x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * (f * f) + (f + 1.f);
-    return (V)(((Int)p + ((Int)shifted << 23)) & ~(x < -86.6f));
+    p = (V)((Int)p + ((Int)shifted << 23));
+    return x < -86.6f ? V{} : p;
 }
 INLINE Vec<double> exponential(Vec<double> x) {
     UNROLL for (int l = 0; l < Lanes<double>::W; l++) x[l] = ::exp(x[l]);
@@ -245,21 +246,15 @@ INLINE void product_tile(F* out, const F* x, const F* b, int64_t N, int64_t np, 
 
 enum Also { kNothing, kLower, kUpper };  // out = x b, + tril(a) rows, + tril(a)^T rows
 
-template <class F>
-void product(F* out, const F* x, const F* b, int64_t N, int64_t nv, Also also = kNothing, const F* a = nullptr,
+// C panels of a chunk's rows times a matrix.
+template <int C, class F>
+void product(F* out, const F* x, const F* b, int64_t N, int64_t np, Also also = kNothing, const F* a = nullptr,
              const F* rows = nullptr) {
     constexpr int W = Lanes<F>::W, R = kRows;
-    int64_t np = nv * W;
     for (int r = 0; r < L; r += R) {
-        int first = also == kUpper ? r : 0, last = also == kUpper ? L : also == kLower ? r + R : 0;
-        int a_row = also == kUpper ? 1 : L, a_col = also == kUpper ? L : 1;
-        int64_t c = 0;
-        for (; c + kCols <= nv; c += kCols)
-            product_tile<R, kCols>(out + (c * L + r) * W, x + r * W, b + c * np * W, N, np, a + r * a_row, a_row, a_col,
-                                   rows + c * L * W, first, last);
-        for (; c < nv; c++)
-            product_tile<R, 1>(out + (c * L + r) * W, x + r * W, b + c * np * W, N, np, a + r * a_row, a_row, a_col,
-                               rows + c * L * W, first, last);
+        if (also == kUpper) product_tile<R, C>(out + r * W, x + r * W, b, N, np, a + r, 1, L, rows, r, L);
+        else if (also == kLower) product_tile<R, C>(out + r * W, x + r * W, b, N, np, a + r * L, L, 1, rows, 0, r + R);
+        else product_tile<R, C>(out + r * W, x + r * W, b, N, np, x, 0, 0, x, 0, 0);
     }
 }
 
@@ -282,21 +277,22 @@ INLINE void update_tile(F* to, const F* from, const F* decay, const F* x, const 
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) at(to + (c * np + r) * W) = sum[r][c];
 }
 
-// to = decay from + x^T y, the decay belonging to rows (keys x, values y) or to columns (values x, keys y)
-template <bool kDecayRows, class F>
-void update(F* to, const F* from, const F* decay, const F* x, const F* y, int64_t nv) {
+// C panels of to = decay from + x^T y, the decay of rows (keys x, values y) or of columns (values x, keys y)
+template <int C, bool kDecayRows, class F>
+void update(F* to, const F* from, const F* decay, const F* x, const F* y, int64_t np) {
     constexpr int W = Lanes<F>::W, R = kRows < W ? kRows : W;
-    int64_t np = nv * W;
-    for (int64_t i = 0; i < np; i += R) {
-        const F* xi = x + i / W * L * W + i % W;
-        int64_t c = 0;
-        for (; c + kCols <= nv; c += kCols)
-            update_tile<R, kCols, kDecayRows>(to + (c * np + i) * W, from + (c * np + i) * W,
-                                              decay + (kDecayRows ? i : c * W), xi, y + c * L * W, np);
-        for (; c < nv; c++)
-            update_tile<R, 1, kDecayRows>(to + (c * np + i) * W, from + (c * np + i) * W,
-                                          decay + (kDecayRows ? i : c * W), xi, y + c * L * W, np);
-    }
+    for (int64_t i = 0; i < np; i += R)
+        update_tile<R, C, kDecayRows>(to + i * W, from + i * W, decay + (kDecayRows ? i : 0),
+                                      x + i / W * L * W + i % W, y, np);
+}
+
+template <int n> struct Number { static constexpr int value = n; };
+
+// step(c, Number<C>) for panels c .. c + C: kCols at a time, then one by one.
+template <class Step> INLINE void by_columns(int64_t nv, const Step& step) {
+    int64_t c = 0;
+    for (; c + kCols <= nv; c += kCols) step(c, Number<kCols>());
+    for (; c < nv; c++) step(c, Number<1>());
 }
 
 // out[t, s] = x[t] . y[s] for `n` rows of x and of y, by register tiles of W dot products
@@ -333,8 +329,7 @@ template <class F> struct Chunk {
     int64_t N, nv;
     F *r, *k, *v, *w;             // w: log_w first
     F *rt, *kh;                   // r_t W(-1, t), k_s W(s, L)
-    F *x8, *x4, *x2;              // in the lower halves of 2n tokens k_s, in the upper r_t, decayed to the border
-    F *f8, *f4, *prefix, *suffix; // those decays; W(-1, t), W(s, L)       (backward only)
+    F *x8, *x4, *x2;              // of 2n tokens, in the lower half k_s, in the upper r_t, decayed to their border
     F *gy, *dr, *dk, *dv;         // (backward only)
     F *decay;                     // the decay of the chunk, one row
     F *a, *da;                    // A and dA, (L, L)
@@ -342,63 +337,78 @@ template <class F> struct Chunk {
     // One vector more than L rows: buffers a power of two apart would share the same few sets of the cache.
     static int64_t size(int64_t nv) { return (nv * L + 1) * W; }
     static int64_t floats(int64_t nv, bool backward) {
-        return (backward ? 17 : 9) * size(nv) + nv * W + (backward ? 2 : 1) * L * L;
+        return (backward ? 13 : 9) * size(nv) + nv * W + (backward ? 2 : 1) * L * L;
     }
     Chunk(F* p, int64_t N, int64_t nv, bool backward) : N(N), nv(nv) {
         for (F** x : {&r, &k, &v, &w, &rt, &kh, &x8, &x4, &x2}) *x = p, p += size(nv);
         if (backward)
-            for (F** x : {&f8, &f4, &prefix, &suffix, &gy, &dr, &dk, &dv}) *x = p, p += size(nv);
+            for (F** x : {&gy, &dr, &dk, &dv}) *x = p, p += size(nv);
         decay = p, p += nv * W;
         a = p, p += L * L;
         da = p;
         memset(a, 0, L * L * sizeof(F));  // above the diagonal it stays 0
     }
 
-    // x = the decays from n tokens before and after each border to it, times k below and r above; f = the decays
-    template <int n, bool kKeep> INLINE void halves(F* x, F* f, const F* r, const F* k, const V* w) {
+    // Takes k, v, w and decay to a place of their own.
+    void use(F* slot) { k = slot, v = k + size(nv), w = v + size(nv), decay = w + size(nv); }
+
+    // f = the decays from n tokens before and after each border to it.
+    template <int n> static INLINE void to_borders(V* f, const V* w) {
         UNROLL for (int mid = n; mid < L; mid += 2 * n) {
-            V d = V{} + F(1);
-            UNROLL for (int t = mid; t < mid + n; t++) {
-                at(x + t * W) = at(r + t * W) * d;
-                if (kKeep) at(f + t * W) = d;
-                d *= w[t];
+            f[mid - 1] = f[mid] = V{} + F(1);
+            UNROLL for (int i = 1; i < n; i++) {
+                f[mid + i] = f[mid + i - 1] * w[mid + i - 1];
+                f[mid - 1 - i] = f[mid - i] * w[mid - i];
             }
-            d = V{} + F(1);
-            UNROLL for (int s = mid - 1; s >= mid - n; s--) {
-                at(x + s * W) = at(k + s * W) * d;
-                if (kKeep) at(f + s * W) = d;
-                d *= w[s];
+        }
+    }
+    // f[t] = W(-1, t), f[s] = W(s, L)
+    static INLINE void from_start(V* f, const V* w) {
+        f[0] = V{} + F(1);
+        UNROLL for (int t = 1; t < L; t++) f[t] = f[t - 1] * w[t - 1];
+    }
+    static INLINE void to_end(V* f, const V* w) {
+        f[L - 1] = V{} + F(1);
+        UNROLL for (int t = L - 2; t >= 0; t--) f[t] = f[t + 1] * w[t + 1];
+    }
+
+    // w and the chunk's decay from log_w in w. Adds the sum of log_w to log_sum, if there is one.
+    void exponentials(F* log_sum = nullptr) {
+        for (int64_t c = 0; c < nv; c++) {
+            F* wc = w + c * L * W;
+            V sum{};
+            UNROLL for (int t = 0; t < L; t++) sum += at(wc + t * W);
+            // one rounding for the whole chunk: that of w, L times over, would add up in slow channels
+            at(decay + c * W) = exponential(sum);
+            if (log_sum) at(log_sum + c * W) += sum;
+            UNROLL for (int t = 0; t < L; t++) at(wc + t * W) = exponential(at(wc + t * W));
+        }
+    }
+
+    void decay_keys() {
+        for (int64_t o = 0; o < nv * L * W; o += L * W) {
+            V d = V{} + F(1);
+            UNROLL for (int t = L - 1; t >= 0; t--) {
+                at(kh + o + t * W) = at(k + o + t * W) * d;
+                d *= at(w + o + t * W);
             }
         }
     }
 
-    // From r, k and log_w: w, the chunk's decay, and everything decayed. kStates: only what the state needs, kh.
-    template <bool kStates, bool kKeep> void decays(F* log_sum = nullptr) {
-        for (int64_t c = 0; c < nv; c++) {
-            int64_t o = c * L * W;
-            V e[L], sum{};
-            UNROLL for (int t = 0; t < L; t++) sum += at(w + o + t * W);
-            // one rounding for the whole chunk: that of w, L times over, would add up in slow channels
-            at(decay + c * W) = exponential(sum);
-            if (log_sum) at(log_sum + c * W) += sum;
-            UNROLL for (int t = 0; t < L; t++) e[t] = exponential(at(w + o + t * W));
-            V d = V{} + F(1);
-            UNROLL for (int t = L - 1; t >= 0; t--) {
-                at(kh + o + t * W) = at(k + o + t * W) * d;
-                if (kKeep) at(suffix + o + t * W) = d;
-                d *= e[t];
-            }
-            if (kStates) continue;
-            d = V{} + F(1);
-            UNROLL for (int t = 0; t < L; t++) {
-                at(rt + o + t * W) = at(r + o + t * W) * d;
-                if (kKeep) at(prefix + o + t * W) = d;
-                d *= e[t];
-            }
-            halves<8, kKeep>(x8 + o, f8 + o, r + o, k + o, e);
-            halves<4, kKeep>(x4 + o, f4 + o, r + o, k + o, e);
-            halves<2, false>(x2 + o, nullptr, r + o, k + o, e);
-            if (kKeep) UNROLL for (int t = 0; t < L; t++) at(w + o + t * W) = e[t];
+    void decay_all() {
+        for (int64_t o = 0; o < nv * L * W; o += L * W) {
+            V e[L], f[L];
+            UNROLL for (int t = 0; t < L; t++) e[t] = at(w + o + t * W);
+            to_end(f, e);
+            UNROLL for (int t = 0; t < L; t++) at(kh + o + t * W) = at(k + o + t * W) * f[t];
+            from_start(f, e);
+            UNROLL for (int t = 0; t < L; t++) at(rt + o + t * W) = at(r + o + t * W) * f[t];
+            to_borders<8>(f, e);
+            UNROLL for (int t = 0; t < L; t++) at(x8 + o + t * W) = at((t & 8 ? r : k) + o + t * W) * f[t];
+            to_borders<4>(f, e);
+            UNROLL for (int t = 0; t < L; t++) at(x4 + o + t * W) = at((t & 4 ? r : k) + o + t * W) * f[t];
+            to_borders<2>(f, e);
+            UNROLL for (int t = 0; t < L; t++) at(x2 + o + t * W) = at((t & 2 ? r : k) + o + t * W) * f[t];
         }
     }
 
@@ -431,7 +441,7 @@ template <class F> struct Chunk {
 
     // Adds to dr, dk and gw what the pairs of n tokens above and n below each border give, in one panel.
     template <int n> INLINE void pair_gradients(V* dr, V* dk, V* gw, const F* x, const V* f, const F* r, const F* k) {
-        for (int mid = n; mid < L; mid += 2 * n) {
+        UNROLL for (int mid = n; mid < L; mid += 2 * n) {
             V sum[n] = {}, run{};
             UNROLL for (int s = mid - n; s < mid; s++)
                 UNROLL for (int q = 0; q < n; q++) sum[q] += da[(mid + q) * L + s] * at(x + s * W);
@@ -454,52 +464,56 @@ template <class F> struct Chunk {
         }
     }
 
-    // dr = S gy and dk = G v become the gradients of r and k; w becomes that of log_w; adds to gu.
-    // st, gt: the state before the chunk and the gradient of the state after it, transposed.
-    void finish(const F* st, const F* gt, const F* u, F* gu) {
-        int64_t np = nv * W;
-        for (int64_t c = 0; c < nv; c++) {
-            int64_t o = c * L * W;
-            V pass[4] = {};
-            for (int64_t j = 0; j < np; j += 2) {
-                pass[0] += at(st + (c * np + j) * W) * at(gt + (c * np + j) * W);
-                pass[1] += at(st + (c * np + j + 1) * W) * at(gt + (c * np + j + 1) * W);
-            }
-            V r_[L], k_[L], gw[L], f2[L];
-            V run = (pass[0] + pass[1]) * at(decay + c * W);
-            UNROLL for (int t = L - 1; t >= 0; t--) {
-                V d = at(dr + o + t * W) * at(prefix + o + t * W);
-                r_[t] = d;
-                gw[t] = run;
-                run += at(r + o + t * W) * d;
-            }
-            run = V{};
-            UNROLL for (int t = 0; t < L; t++) {
-                V d = at(dk + o + t * W) * at(suffix + o + t * W);
-                k_[t] = d;
-                gw[t] += run;
-                run += at(k + o + t * W) * d;
-            }
-            UNROLL for (int t = 0; t < L; t++)
-                f2[t] = t % 4 == 0 ? at(w + o + (t + 1) * W) : t % 4 == 3 ? at(w + o + (t - 1) * W) : V{} + F(1);
-            pair_gradients<8>(r_, k_, gw, x8 + o, &at(f8 + o), r + o, k + o);
-            pair_gradients<4>(r_, k_, gw, x4 + o, &at(f4 + o), r + o, k + o);
-            pair_gradients<2>(r_, k_, gw, x2 + o, f2, r + o, k + o);
-            UNROLL for (int s = 0; s < L; s += 2) {
-                V d = V{} + da[(s + 1) * L + s];
-                r_[s + 1] += d * at(k + o + s * W);
-                k_[s] += d * at(r + o + (s + 1) * W);
-            }
-            V uc = at(u + c * W), gu_sum = at(gu + c * W);
-            UNROLL for (int t = 0; t < L; t++) {
-                V rt = at(r + o + t * W), kt = at(k + o + t * W), d = V{} + da[t * L + t];
-                at(dr + o + t * W) = r_[t] + d * uc * kt;
-                at(dk + o + t * W) = k_[t] + d * uc * rt;
-                at(w + o + t * W) = gw[t];
-                gu_sum += d * rt * kt;
-            }
-            at(gu + c * W) = gu_sum;
+    // sum over rows of S * G, in one panel
+    static INLINE V pass_through(const F* st, const F* gt, int64_t np) {
+        constexpr int A = W < 4 ? W : 4;
+        V sum[A] = {}, all{};
+        for (int64_t j = 0; j < np; j += A)
+            UNROLL for (int a = 0; a < A; a++) sum[a] += at(st + (j + a) * W) * at(gt + (j + a) * W);
+        UNROLL for (int a = 0; a < A; a++) all += sum[a];
+        return all;
+    }
+
+    // In panel c, dr = S gy and dk = G v become the gradients of r and k, w becomes that of log_w; adds to gu.
+    // st, gt: the panel of the transposed state before the chunk, and of the gradient of the state after it.
+    void finish(int64_t c, const F* st, const F* gt, const F* u, F* gu) {
+        int64_t o = c * L * W, np = nv * W;
+        V e[L], f[L], r_[L], k_[L], gw[L], run = pass_through(st, gt, np);
+        UNROLL for (int t = 0; t < L; t++) e[t] = at(w + o + t * W);
+        run *= at(decay + c * W);
+        from_start(f, e);
+        UNROLL for (int t = L - 1; t >= 0; t--) {
+            r_[t] = at(dr + o + t * W) * f[t];
+            gw[t] = run;
+            run += at(r + o + t * W) * r_[t];
         }
+        run = V{};
+        to_end(f, e);
+        UNROLL for (int t = 0; t < L; t++) {
+            k_[t] = at(dk + o + t * W) * f[t];
+            gw[t] += run;
+            run += at(k + o + t * W) * k_[t];
+        }
+        to_borders<8>(f, e);
+        pair_gradients<8>(r_, k_, gw, x8 + o, f, r + o, k + o);
+        to_borders<4>(f, e);
+        pair_gradients<4>(r_, k_, gw, x4 + o, f, r + o, k + o);
+        to_borders<2>(f, e);
+        pair_gradients<2>(r_, k_, gw, x2 + o, f, r + o, k + o);
+        UNROLL for (int s = 0; s < L; s += 2) {
+            V d = V{} + da[(s + 1) * L + s];
+            r_[s + 1] += d * at(k + o + s * W);
+            k_[s] += d * at(r + o + (s + 1) * W);
+        }
+        V uc = at(u + c * W), gu_sum = at(gu + c * W);
+        UNROLL for (int t = 0; t < L; t++) {
+            V rt = at(r + o + t * W), kt = at(k + o + t * W), d = V{} + da[t * L + t];
+            at(dr + o + t * W) = r_[t] + d * uc * kt;
+            at(dk + o + t * W) = k_[t] + d * uc * rt;
+            at(w + o + t * W) = gw[t];
+            gu_sum += d * rt * kt;
+        }
+        at(gu + c * W) = gu_sum;
     }
 };
 
@@ -531,6 +545,7 @@ template <class F> struct Heads {
     int64_t offset(int64_t h, int64_t t) const { return (b * p.T + t) * stride + h * N; }
     // The chunk of head h at t, and how many tokens it has (0: there is none).
     struct Place { int64_t h, t, n; };
+    static Place place(int64_t h, int64_t t, int64_t end) { return {h, t, end > t ? least(L, end - t) : 0}; }
 
     void load(F* to, const void* from, int type, Place at) const {
         load_rows(to, from, offset(at.h, at.t), type, at.n, stride, N);
@@ -570,9 +585,8 @@ template <class F> struct Heads {
                 if (p.checkpoints) save_state(checkpoint(h, start / kCheckpoint), state);
                 int64_t end = least(start + kCheckpoint, t1);
                 for (int64_t t = start; t < end; t += L) {
-                    Place next = t + L < end ? Place{h, t + L} : h + 1 < h1 ? Place{h + 1, start} : Place{h0, end};
-                    next.n = least(L, t1 - next.t);
-                    forward_chunk(c, {h, t, least(L, end - t)}, next, state, u);
+                    Place next = t + L < end ? place(h, t + L, t1) : h + 1 < h1 ? place(h + 1, start, t1) : place(h0, end, t1);
+                    forward_chunk(c, place(h, t, end), next, state, u);
                 }
             }
         for (int64_t i = 0; i < n; i++) save_state(to + i * N * N, states + i * square);
@@ -585,23 +599,29 @@ template <class F> struct Heads {
         load(c.w, p.log_w, p.w_type, at);
         fetch(p.r, p.type, next);
         fetch<true>(p.y, p.type, at);
-        c.template decays<false, false>();
+        c.exponentials();
         fetch(p.k, p.type, next);
+        c.decay_all();
         c.scores(u);
         fetch(p.v, p.type, next);
-        product(c.r, c.rt, state, N, nv, kLower, c.a, c.v);
+        by_columns(nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
+            F *s = state + j * np * W, *y = c.r + j * L * W, *v = c.v + j * L * W;
+            product<n.value>(y, c.rt, s, N, np, kLower, c.a, v);
+            update<n.value, true>(s, s, c.decay, c.kh, v, np);
+        });
         fetch(p.log_w, p.w_type, next);
         save(p.y, p.type, c.r, at);
-        update<true>(state, state, c.decay, c.kh, c.v, nv);
     }
 
     // The same tokens' gradients, from those of the states after them, `from` (null for zeros). Those of the states
     // before them go to `to`; gu is (h1 - h0, np) zeros.
     void backward(int64_t t0, int64_t t1, const F* from, F* to, F* gu) const {
-        int64_t size = Chunk<F>::floats(nv, true), n = h1 - h0;
-        Buffer<F> memory(size + (kCheckpoint / L + 1 + n) * square + n * np);
+        int64_t size = Chunk<F>::floats(nv, true), rows = Chunk<F>::size(nv), slot = 3 * rows + np, n = h1 - h0;
+        Buffer<F> memory(size + kCheckpoint / L * (slot + square) + square + n * (square + np));
         Chunk<F> c(memory.p, N, nv, true);
-        F *states = memory.p + size, *g = states + kCheckpoint / L * square, *gts = g + square, *us = gts + n * square;
+        F *slots = memory.p + size;  // k, v, w and decay of a block's chunks
+        F *states = slots + kCheckpoint / L * slot, *g = states + kCheckpoint / L * square, *gts = g + square;
+        F *us = gts + n * square;
         for (int64_t i = 0; i < n; i++) {
             if (from) {
                 load_state(g, from + i * N * N);
@@ -612,16 +632,22 @@ template <class F> struct Heads {
         for (int64_t start = (t1 - 1) / kCheckpoint * kCheckpoint; start >= t0; start -= kCheckpoint)
             for (int64_t h = h0; h < h1; h++) {
                 int64_t end = least(start + kCheckpoint, t1), i = h - h0;
-                Place after = h + 1 < h1 ? Place{h + 1, start} : Place{h0, start - kCheckpoint};
-                after.n = after.t >= t0 ? least(L, t1 - after.t) : 0;
+                Place after = h + 1 < h1 ? place(h + 1, start, end) : place(h0, start - kCheckpoint, start > t0 ? start : 0);
                 load_state(g, checkpoint(h, start / kCheckpoint));
                 transpose(states, g, nv);
-                int64_t t = start, s = 0;
-                for (; t + L < end; t += L, s++)
-                    next_state(c, {h, t, L}, {h, t + L, least(L, end - t - L)}, states + s * square);
-                for (; t >= start; t -= L, s--)
-                    backward_chunk(c, {h, t, least(L, end - t)}, {h, t - L, t > start ? L : 0}, after,
+                int64_t last = (end - start - 1) / L;
+                for (int64_t s = 0; s <= last; s++) {
+                    c.use(slots + s * slot);
+                    next_state(c, place(h, start + s * L, end), s < last ? place(h, start + (s + 1) * L, end) : after,
+                               s < last ? states + s * square : nullptr);
+                }
+                fetch(p.r, p.type, place(h, start + last * L, end));
+                fetch(p.gy, p.type, place(h, start + last * L, end));
+                for (int64_t s = last; s >= 0; s--) {
+                    c.use(slots + s * slot);
+                    backward_chunk(c, place(h, start + s * L, end), place(h, start + (s - 1) * L, s > 0 ? end : 0),
                                    states + s * square, g, gts + i * square, us + i * np, gu + i * np);
+                }
             }
         for (int64_t i = 0; i < n; i++) {
             transpose(g, gts + i * square, nv);
@@ -629,50 +655,52 @@ template <class F> struct Heads {
         }
     }
 
-    // From the transposed state before a chunk that after it, behind it in memory.
+    // From the transposed state before a chunk that after it, behind it in memory. Leaves k, v, w and decay in c.
     void next_state(Chunk<F>& c, Place at, Place next, F* state) const {
         load(c.k, p.k, p.type, at);
         load(c.v, p.v, p.type, at);
         load(c.w, p.log_w, p.w_type, at);
         fetch(p.k, p.type, next);
         fetch(p.v, p.type, next);
-        c.template decays<true, false>();
+        c.exponentials();
         fetch(p.log_w, p.w_type, next);
-        update<false>(state + square, state, c.decay, c.v, c.kh, nv);
+        if (!state) return;
+        c.decay_keys();
+        by_columns(nv, [&](int64_t i, auto n) __attribute__((always_inline)) {
+            F* s = state + i * np * W;
+            update<n.value, false>(s + square, s, c.decay + i * W, c.v, c.kh + i * L * W, np);
+        });
     }
 
-    // state: transposed, before the chunk; gt: its gradient, after the chunk and then before it; g: room for one.
-    void backward_chunk(Chunk<F>& c, Place at, Place next, Place after, const F* state, F* g, F* gt, const F* u,
-                        F* gu) const {
+    // c has k, v, w and decay. state: transposed, before the chunk; gt: its gradient, after the chunk, and then before
+    // it; g: room for one.
+    void backward_chunk(Chunk<F>& c, Place at, Place next, const F* state, F* g, F* gt, const F* u, F* gu) const {
         load(c.r, p.r, p.type, at);
-        load(c.k, p.k, p.type, at);
-        load(c.v, p.v, p.type, at);
         load(c.gy, p.gy, p.type, at);
-        load(c.w, p.log_w, p.w_type, at);
         fetch(p.r, p.type, next);
-        c.template decays<false, true>();
+        c.decay_all();
+        fetch<true>(p.gv, p.type, at);
         c.scores(u);
         fetch(p.gy, p.type, next);
         c.score_gradients();
         fetch<true>(p.gr, p.type, at);
         transpose(g, gt, nv);
-        product(c.dr, c.gy, state, N, nv);
+        by_columns(nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
+            product<n.value>(c.dv + j * L * W, c.kh, g + j * np * W, N, np, kUpper, c.a, c.gy + j * L * W);
+        });
+        save(p.gv, p.type, c.dv, at);
         fetch<true>(p.gk, p.type, at);
-        product(c.dk, c.v, gt, N, nv);
-        fetch<true>(p.gv, p.type, at);
-        product(c.dv, c.kh, g, N, nv, kUpper, c.a, c.gy);
-        fetch<true>(p.gw, p.w_type, at);
-        c.finish(state, gt, u, gu);
+        by_columns(nv, [&](int64_t i, auto n) __attribute__((always_inline)) {
+            int64_t o = i * L * W, m = i * np * W;
+            product<n.value>(c.dr + o, c.gy, state + m, N, np);
+            product<n.value>(c.dk + o, c.v, gt + m, N, np);
+            for (int q = 0; q < n.value; q++) c.finish(i + q, state + m + q * np * W, gt + m + q * np * W, u, gu);
+            update<n.value, false>(gt + m, gt + m, c.decay + i * W, c.gy, c.rt + o, np);
+            if (i == 0) fetch<true>(p.gw, p.w_type, at);
+        });
         save(p.gr, p.type, c.dr, at);
         save(p.gk, p.type, c.dk, at);
-        save(p.gv, p.type, c.dv, at);
         save(p.gw, p.w_type, c.w, at);
-        if (next.n == 0) {
-            fetch(p.k, p.type, after);
-            fetch(p.v, p.type, after);
-            fetch(p.log_w, p.w_type, after);
-        }
-        update<false>(gt, gt, c.decay, c.gy, c.rt, nv);
     }
 };
 
