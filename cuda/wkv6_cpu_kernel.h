@@ -69,6 +69,8 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- vectors
 
+// All lanes x. (V{} + x would be an addition: it turns -0 into 0.)
+template <class F> INLINE Vec<F> all(F x) { return x - Vec<F>{}; }
 template <class F> INLINE Vec<F>& at(F* p) { return *reinterpret_cast<Vec<F>*>(p); }  // aligned: our own buffers
 template <class F> INLINE const Vec<F>& at(const F* p) { return *reinterpret_cast<const Vec<F>*>(p); }
 
@@ -92,7 +94,7 @@ INLINE void store(bf16* p, Vec<float> x) {  // round to nearest, ties to even; N
 // Error 1e-7 relative; exactly 0 below -86.6 (fp32 has no normal number there), -inf included; exactly 1 at 0.
 INLINE Vec<float> exponential(Vec<float> x) {
     using V = Vec<float>;
-    const V most = V{} + 88.f;
+    const V most = all(88.f);
     x = most < x ? most : x;
     V shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23 rounds to an integer, in the low bits
     V n = shifted - 12582912.f;
@@ -228,7 +230,7 @@ INLINE void product_tile(F* out, const F* x, const F* b, int64_t N, int64_t np, 
             V y[C];
             UNROLL for (int c = 0; c < C; c++) y[c] = at(b + c * np * W);
             UNROLL for (int r = 0; r < R; r++) {
-                V xr = V{} + x[r * W + k];
+                V xr = all(x[r * W + k]);
                 UNROLL for (int c = 0; c < C; c++) sum[r][c] += xr * y[c];
             }
         }
@@ -237,7 +239,7 @@ INLINE void product_tile(F* out, const F* x, const F* b, int64_t N, int64_t np, 
         V y[C];
         UNROLL for (int c = 0; c < C; c++) y[c] = at(rows + (c * L + s) * W);
         UNROLL for (int r = 0; r < R; r++) {
-            V ar = V{} + a[r * a_row + s * a_col];
+            V ar = all(a[r * a_row + s * a_col]);
             UNROLL for (int c = 0; c < C; c++) sum[r][c] += ar * y[c];
         }
     }
@@ -265,12 +267,12 @@ INLINE void update_tile(F* to, const F* from, const F* decay, const F* x, const 
     using V = Vec<F>;
     V sum[R][C];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
-        sum[r][c] = at(from + (c * np + r) * W) * (kDecayRows ? V{} + decay[r] : at(decay + c * W));
+        sum[r][c] = at(from + (c * np + r) * W) * (kDecayRows ? all(decay[r]) : at(decay + c * W));
     for (int t = 0; t < L; t++) {
         V yt[C];
         UNROLL for (int c = 0; c < C; c++) yt[c] = at(y + (c * L + t) * W);
         UNROLL for (int r = 0; r < R; r++) {
-            V xr = V{} + x[t * W + r];
+            V xr = all(x[t * W + r]);
             UNROLL for (int c = 0; c < C; c++) sum[r][c] += xr * yt[c];
         }
     }
@@ -355,7 +357,7 @@ template <class F> struct Chunk {
     // f = the decays from n tokens before and after each border to it.
     template <int n> static INLINE void to_borders(V* f, const V* w) {
         UNROLL for (int mid = n; mid < L; mid += 2 * n) {
-            f[mid - 1] = f[mid] = V{} + F(1);
+            f[mid - 1] = f[mid] = all(F(1));
             UNROLL for (int i = 1; i < n; i++) {
                 f[mid + i] = f[mid + i - 1] * w[mid + i - 1];
                 f[mid - 1 - i] = f[mid - i] * w[mid - i];
@@ -364,11 +366,11 @@ template <class F> struct Chunk {
     }
     // f[t] = W(-1, t), f[s] = W(s, L)
     static INLINE void from_start(V* f, const V* w) {
-        f[0] = V{} + F(1);
+        f[0] = all(F(1));
         UNROLL for (int t = 1; t < L; t++) f[t] = f[t - 1] * w[t - 1];
     }
     static INLINE void to_end(V* f, const V* w) {
-        f[L - 1] = V{} + F(1);
+        f[L - 1] = all(F(1));
         UNROLL for (int t = L - 2; t >= 0; t--) f[t] = f[t + 1] * w[t + 1];
     }
 
@@ -387,7 +389,7 @@ template <class F> struct Chunk {
 
     void decay_keys() {
         for (int64_t o = 0; o < nv * L * W; o += L * W) {
-            V d = V{} + F(1);
+            V d = all(F(1));
             UNROLL for (int t = L - 1; t >= 0; t--) {
                 at(kh + o + t * W) = at(k + o + t * W) * d;
                 d *= at(w + o + t * W);
@@ -467,53 +469,54 @@ template <class F> struct Chunk {
     // sum over rows of S * G, in one panel
     static INLINE V pass_through(const F* st, const F* gt, int64_t np) {
         constexpr int A = W < 4 ? W : 4;
-        V sum[A] = {}, all{};
+        V sum[A] = {}, total{};
         for (int64_t j = 0; j < np; j += A)
             UNROLL for (int a = 0; a < A; a++) sum[a] += at(st + (j + a) * W) * at(gt + (j + a) * W);
-        UNROLL for (int a = 0; a < A; a++) all += sum[a];
-        return all;
+        UNROLL for (int a = 0; a < A; a++) total += sum[a];
+        return total;
     }
 
     // In panel c, dr = S gy and dk = G v become the gradients of r and k, w becomes that of log_w; adds to gu.
     // st, gt: the panel of the transposed state before the chunk, and of the gradient of the state after it.
     void finish(int64_t c, const F* st, const F* gt, const F* u, F* gu) {
-        int64_t o = c * L * W, np = nv * W;
-        V e[L], f[L], r_[L], k_[L], gw[L], run = pass_through(st, gt, np);
-        UNROLL for (int t = 0; t < L; t++) e[t] = at(w + o + t * W);
-        run *= at(decay + c * W);
+        int64_t o = c * L * W;
+        const F *r = this->r + o, *k = this->k + o;
+        F *dr = this->dr + o, *dk = this->dk + o, *w = this->w + o;
+        V e[L], f[L], gr[L], gk[L], gw[L], run = pass_through(st, gt, nv * W) * at(decay + c * W);
+        UNROLL for (int t = 0; t < L; t++) e[t] = at(w + t * W);
         from_start(f, e);
         UNROLL for (int t = L - 1; t >= 0; t--) {
-            r_[t] = at(dr + o + t * W) * f[t];
+            gr[t] = at(dr + t * W) * f[t];
             gw[t] = run;
-            run += at(r + o + t * W) * r_[t];
+            run += at(r + t * W) * gr[t];
         }
         run = V{};
         to_end(f, e);
         UNROLL for (int t = 0; t < L; t++) {
-            k_[t] = at(dk + o + t * W) * f[t];
+            gk[t] = at(dk + t * W) * f[t];
             gw[t] += run;
-            run += at(k + o + t * W) * k_[t];
+            run += at(k + t * W) * gk[t];
         }
         to_borders<8>(f, e);
-        pair_gradients<8>(r_, k_, gw, x8 + o, f, r + o, k + o);
+        pair_gradients<8>(gr, gk, gw, x8 + o, f, r, k);
         to_borders<4>(f, e);
-        pair_gradients<4>(r_, k_, gw, x4 + o, f, r + o, k + o);
+        pair_gradients<4>(gr, gk, gw, x4 + o, f, r, k);
         to_borders<2>(f, e);
-        pair_gradients<2>(r_, k_, gw, x2 + o, f, r + o, k + o);
+        pair_gradients<2>(gr, gk, gw, x2 + o, f, r, k);
         UNROLL for (int s = 0; s < L; s += 2) {
-            V d = V{} + da[(s + 1) * L + s];
-            r_[s + 1] += d * at(k + o + s * W);
-            k_[s] += d * at(r + o + (s + 1) * W);
+            V d = all(da[(s + 1) * L + s]);
+            gr[s + 1] += d * at(k + s * W);
+            gk[s] += d * at(r + (s + 1) * W);
         }
-        V uc = at(u + c * W), gu_sum = at(gu + c * W);
+        V uc = at(u + c * W), sum = at(gu + c * W);
         UNROLL for (int t = 0; t < L; t++) {
-            V rt = at(r + o + t * W), kt = at(k + o + t * W), d = V{} + da[t * L + t];
-            at(dr + o + t * W) = r_[t] + d * uc * kt;
-            at(dk + o + t * W) = k_[t] + d * uc * rt;
-            at(w + o + t * W) = gw[t];
-            gu_sum += d * rt * kt;
+            V d = all(da[t * L + t]), dkt = d * at(k + t * W);
+            at(dr + t * W) = gr[t] + uc * dkt;
+            at(dk + t * W) = gk[t] + uc * (d * at(r + t * W));
+            at(w + t * W) = gw[t];
+            sum += at(r + t * W) * dkt;
         }
-        at(gu + c * W) = gu_sum;
+        at(gu + c * W) = sum;
     }
 };
 
