@@ -26,7 +26,7 @@
 
 constexpr int L = 16;  // steps of a tile, lines of a block, lanes of a line
 // E, the elements of a line per lane, is 1, 4 or 8: N up to 16, 64 and 128. The blocks per multiprocessor asked for in
-// __launch_bounds__ (0: none) are those with which ptxas does not spill; .ci/nvcc watches it.
+// __launch_bounds__ are the most with which ptxas does not spill; .ci/nvcc watches it.
 
 struct Shape {
   int64_t T;
@@ -77,13 +77,9 @@ DEVICE float join(float a, float b, int lane, int bit) {
   const bool has = lane & bit;
   return (has ? b : a) + __shfl_xor_sync(0xffffffffu, has ? a : b, bit);
 }
-// Eight sums over eight lanes in seven shuffles: lane s returns that of x[s % 8].
-DEVICE float sum_eight(float (&x)[L / 2], int lane) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = join(x[i], x[i + 4], lane, 4);
-#pragma unroll
-  for (int i = 0; i < 2; i++) x[i] = join(x[i], x[i + 2], lane, 2);
-  return join(x[0], x[1], lane, 1);
+// Four sums over the four lanes that differ in `bit` and `2 bit`, in three shuffles: a lane gets that of x[its two bits].
+DEVICE float sum_four(const float (&x)[4], int lane, int bit) {
+  return join(join(x[0], x[2], lane, 2 * bit), join(x[1], x[3], lane, 2 * bit), lane, bit);
 }
 
 // All lanes return the sum of x over their line.
@@ -111,7 +107,7 @@ struct alignas(16) SweepTile {
 // Forward: reader, writer, value = r, k, v, out = y. Reversed: k, r, gy and gv. out, tile_states (B, H, tiles, N, N: S
 // before each tile), state and final_state may be null.
 template <int E, bool reversed>
-__global__ void __launch_bounds__(L * L, E == 1 ? 2 : E == 4 ? 0 : 1)
+__global__ void __launch_bounds__(L * L, E == 8 ? 1 : 2)
     sweep(Shape shape, Input reader, Input writer, Input value, Input log_w, const float* u, const float* state, Output out,
           float* tile_states, float* final_state) {
   DYNAMIC_SHARED(memory);
@@ -181,28 +177,28 @@ __global__ void __launch_bounds__(L * L, E == 1 ? 2 : E == 4 ? 0 : 1)
     if (tile + 1 < tiles) load(tile + 1);
 
     if (tile_states) put_state(tile_states + (bh * tiles + tile) * N * N);
-    float half_sums[2];
+    float sums[4] = {};  // a lane's: of four steps each
+#pragma unroll 1         // unrolled, the loads of all steps come first and registers run out
+    for (int first_step = 0; first_step < L; first_step += 4) {
+      float four[4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float sums[L / 2];
-#pragma unroll
-      for (int i = 0; i < L / 2; i++) {
-        const int s = half * L / 2 + i;
+      for (int i = 0; i < 4; i++) {
         float x[E], y[E], w[E];
-        read_channels<E>(x, now.reader[s], lane);
-        read_channels<E>(y, now.writer[s], lane);
-        read_channels<E>(w, now.w[s], lane);
-        const float z = now.value[s][line];
-        sums[i] = 0.f;
+        read_channels<E>(x, now.reader[first_step + i], lane);
+        read_channels<E>(y, now.writer[first_step + i], lane);
+        read_channels<E>(w, now.w[first_step + i], lane);
+        const float z = now.value[first_step + i][line];
+        four[i] = 0.f;
 #pragma unroll
         for (int e = 0; e < E; e++) {
-          sums[i] += x[e] * S[e];
+          four[i] += x[e] * S[e];
           S[e] = w[e] * S[e] + y[e] * z;
         }
       }
-      half_sums[half] = sum_eight(sums, lane);
+      sums[0] = sums[1], sums[1] = sums[2], sums[2] = sums[3];
+      sums[3] = sum_four(four, lane, 1);
     }
-    now.out[lane][line] = join(half_sums[0], half_sums[1], lane, 8) + now.bonus[lane] * now.value[lane][line];
+    now.out[lane][line] = sum_four(sums, lane, 4) + now.bonus[lane] * now.value[lane][line];
   }
   __syncthreads();
   put_out(tiles - 1, buffers[(tiles - 1) % 2]);
@@ -290,13 +286,13 @@ __global__ void __launch_bounds__(L * L, E == 1 ? 2 : 1)
 
     get_state(S, tile_states + (bh * tiles + tile) * N * N);
     float before[L][E];  // S_{t-1} of each step
-    float r_sums[2], k_sums[2], w_sums[2];
+    float r_sums[4], k_sums[4], w_sums[4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float sums[L / 2];
+    for (int four = 0; four < 4; four++) {
+      float sums[4];
 #pragma unroll
-      for (int i = 0; i < L / 2; i++) {
-        const int s = half * L / 2 + i;
+      for (int i = 0; i < 4; i++) {
+        const int s = 4 * four + i;
         float x[E], g[E];
         read_channels<E>(x, now.v[s], lane);
         read_channels<E>(g, now.gy[s], lane);
@@ -309,15 +305,15 @@ __global__ void __launch_bounds__(L * L, E == 1 ? 2 : 1)
           S[e] = w_s * S[e] + k_s * x[e];
         }
       }
-      r_sums[half] = sum_eight(sums, lane);
+      r_sums[four] = sum_four(sums, lane, 1);
     }
     __syncwarp();  // or the compiler keeps v and gy of all steps in registers for the way back
 #pragma unroll
-    for (int half = 1; half >= 0; half--) {
-      float sums[L / 2], dots[L / 2];
+    for (int four = 3; four >= 0; four--) {
+      float sums[4], dots[4];
 #pragma unroll
-      for (int i = L / 2 - 1; i >= 0; i--) {
-        const int s = half * L / 2 + i;
+      for (int i = 3; i >= 0; i--) {
+        const int s = 4 * four + i;
         float x[E], g[E];
         read_channels<E>(x, now.v[s], lane);
         read_channels<E>(g, now.gy[s], lane);
@@ -330,11 +326,10 @@ __global__ void __launch_bounds__(L * L, E == 1 ? 2 : 1)
           G[e] = w_s * G[e] + r_s * g[e];
         }
       }
-      k_sums[half] = sum_eight(sums, lane);
-      w_sums[half] = sum_eight(dots, lane);
+      k_sums[four] = sum_four(sums, lane, 1);
+      w_sums[four] = sum_four(dots, lane, 1);
     }
-    const float r_sum = join(r_sums[0], r_sums[1], lane, 8), k_sum = join(k_sums[0], k_sums[1], lane, 8),
-                w_sum = join(w_sums[0], w_sums[1], lane, 8);
+    const float r_sum = sum_four(r_sums, lane, 4), k_sum = sum_four(k_sums, lane, 4), w_sum = sum_four(w_sums, lane, 4);
 
     // The lane's sums are those of step `lane`.
     const float r_t = now.r[lane][line], k_t = now.k[lane][line], v_gy = now.v_gy[lane];
