@@ -27,7 +27,9 @@ from . import __version__
 from .errors import UserError
 from .foreign import UNAIDED, Foreign, translate
 from .models.x060 import RWKV, ModelConfig
-from .peft import METHODS, AdapterLinear, attach
+from .peft import METHODS, AdapterLinear
+from .safetensors import as_bytes, is_safetensors, open_safetensors
+from .web_rwkv import from_web
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 RECORD = "rwkv_bone.json"
@@ -36,14 +38,17 @@ RECORD = "rwkv_bone.json"
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a flat `.pth`, memory-mapped (copy on write): nothing is read until it is used."""
+    """The tensors of a flat `.pth`, memory-mapped (copy on write): nothing is read until it is used.
+
+    A safetensors file does as well; web-rwkv's names and shapes become those of a `.pth`.
+    """
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file")
     if not os.path.isfile(path):
         raise UserError(f"{path}: not a file")
     try:
-        with open(path, "rb"):
-            pass
+        if is_safetensors(path):
+            return from_web(open_safetensors(path)[0])
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not a .pth of tensors (torch 1.6 or later), or cut short")
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -76,7 +81,10 @@ def open_model(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             raise UserError(f"{path}: {name} is {tensor.dtype}; wanted bfloat16, float16 or float32")
         if tensor.numel() == 0:
             raise UserError(f"{path}: {name} is empty, {tuple(tensor.shape)}; the file is damaged")
-    return ModelConfig.from_state_dict(tensors, str(path)), tensors
+    config = ModelConfig.from_state_dict(tensors, str(path))
+    if is_safetensors(path):  # sorted by name there, and RWKV's programs want time_maa before time_faaaa
+        tensors = {name: tensors[name] for name in config.shapes()}
+    return config, tensors
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> RWKV:
@@ -88,7 +96,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     with torch.device("meta"):
         model = RWKV(config)
     fingerprint_ = fingerprint(tensors)
-    placed = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
+    placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in tensors.items()}
     model.load_state_dict(placed, strict=True, assign=True)
     model.fingerprint = fingerprint_
     return model
@@ -115,11 +123,11 @@ def combine(samples: Iterable[str]) -> str:
 class Streamed(Mapping[str, Tensor]):
     """A file's tensors for reading each of them once, in little memory.
 
-    Mapped pages count as memory in use once they are read, so the mapping is renewed after every 64 MiB. A tensor that was
+    Mapped pages count as memory in use once they are read, so the mapping is renewed after every 32 MiB. A tensor that was
     handed out keeps the mapping that it came from. `.tensors` are for looking at dtypes and shapes.
     """
 
-    def __init__(self, open_: Callable[[], dict[str, Tensor]], budget: int = 64 << 20):
+    def __init__(self, open_: Callable[[], dict[str, Tensor]], budget: int = 32 << 20):
         self.open, self.budget, self.read = open_, budget, 0
         self.tensors = open_()
 
@@ -205,11 +213,6 @@ def write_pth(
         record(archive, "version", b"3\n")
         for name, data in (records or {}).items():
             record(archive, name, data)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order; not copied if it lies like that on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def record(archive: zipfile.ZipFile, name: str, data) -> None:
@@ -361,6 +364,8 @@ class Adapter:
         try:
             with torch.device("meta"):
                 layer = self.method(torch.empty(weight), self.config)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
         except (RuntimeError, TypeError, OverflowError):  # a size beyond all measure
             raise UserError(f"{self.path}: {self.config} cannot be put on a projection of {weight}") from None
         return {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items() if key != "weight"}
@@ -376,17 +381,20 @@ class Adapter:
         """Whether the base's tensor of that name is another after merging."""
         return name in self.parts or name.removesuffix(".weight") in self.layers
 
+    def layer(self, name: str, weight: Tensor) -> AdapterLinear:
+        """The adapter on one projection, whose base weight is given."""
+        if f"{name}.weight" in self.parts:
+            weight = self.tensors[f"{name}.weight"].to(weight.device)
+        layer = self.method(weight, self.config)
+        layer.load_state_dict({key: self.tensors[f"{name}.{key}"] for key in self.layers[name]}, strict=False)
+        return layer
+
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """What becomes of the base's tensor, in float32 or more: not rounded yet."""
-        if name in self.parts:
-            weight = self.tensors[name].to(weight.device)
-        layer = name.removesuffix(".weight")
-        if layer in self.layers:
-            module = self.method(weight, self.config)
-            module.load_state_dict({key: self.tensors[f"{layer}.{key}"] for key in self.layers[layer]}, strict=False)
-            weight = module.merged_weight()
-        return weight
+        """What becomes of the base's tensor, in float32 or more where an adapter is on it: not rounded yet."""
+        if name.removesuffix(".weight") in self.layers:
+            return self.layer(name.removesuffix(".weight"), weight).merged_weight()
+        return self.tensors[name].to(weight.device) if name in self.parts else weight
 
 
 def is_projection(shape: tuple[int, ...] | None, name: str) -> bool:
@@ -395,8 +403,9 @@ def is_projection(shape: tuple[int, ...] | None, name: str) -> bool:
 
 def read_adapter(path: str | Path, foreign: Foreign = UNAIDED) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and what it says about itself; RWKV-PEFT's files are translated, as far as `foreign` tells enough."""
+    tensors = open_tensors(path)
     info = read_info(path)
-    return (open_tensors(path), info) if info is not None else open_foreign(path, foreign)
+    return (tensors, info) if info is not None else open_foreign(path, foreign)
 
 
 def open_foreign(path: str | Path, foreign: Foreign) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -412,10 +421,9 @@ def load_adapter(model: RWKV, path: str | Path, force: bool = False, foreign: Fo
     adapter.check_base(model.fingerprint, force)
     if any(name.endswith(".time_state") for name in adapter.parts) and not model.config.time_state:
         add_time_state(model)
-    attach(model, adapter.method, adapter.config, adapter.layers)
-    for layer, keys in adapter.layers.items():
-        tensors = {key: adapter.tensors[f"{layer}.{key}"] for key in keys}
-        model.get_submodule(layer).load_state_dict(tensors, strict=False)
+    model.requires_grad_(False)
+    for name in adapter.layers:
+        model.set_submodule(name, adapter.layer(name, model.get_submodule(name).weight))
     for name in adapter.parts:
         parameter = model.get_parameter(name)
         parameter.data.copy_(adapter.tensors[name])

@@ -75,4 +75,4 @@ def starts(path: str | Path, tensors: Mapping[str, Tensor], init: Mapping[str, T
     pairs = {name: name.replace(".lora_", ".init_lora_") for name in tensors if name.endswith((".lora_A", ".lora_B"))}
     if odd := sorted({*pairs.values()} ^ {*init}):
         raise UserError(f"{path}: --lora_init is another run's: {len(odd)} names differ ({', '.join(odd[:3])})")
-    return {name.replace(".lora_", ".start_"): init[start] for name, start in pairs.items()}
+    return {start: init[start] for start in pairs.values()}

@@ -235,7 +235,8 @@ class RWKV(nn.Module):
         self.config = config
         self.op = "auto"
         self.grad_cp = False
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        # not filled: a normal distribution on the meta device would import half of torch, for seconds
+        self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
