@@ -107,6 +107,10 @@ def test_packed_documents_behind_separators_give_what_each_gives_alone(make_mode
     for document, start in zip(documents, (0, 6, 8)):
         alone, _ = model(document)
         torch.testing.assert_close(packed[:, start : start + document.shape[1]], alone, rtol=1e-12, atol=1e-12)
+    for border in range(1, row.shape[1]):  # also where a document begins with a chunk
+        _, state = model(row[:, :border], reset=reset[:, :border])
+        rest, _ = model(row[:, border:], state, reset[:, border:])
+        torch.testing.assert_close(rest, packed[:, border:], rtol=1e-12, atol=1e-12)
 
 
 def test_recomputing_blocks_changes_no_gradient(make_model):

@@ -181,6 +181,8 @@ class TimeMix(nn.Module):
             # the separator slot before a document forgets everything and adds nothing, so its successor sees zeros
             last = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
             k, log_w = k.masked_fill(last, 0), log_w.masked_fill(last, -math.inf)
+            if wkv is not None:  # its separator was the last slot of the chunk before
+                wkv = wkv.masked_fill(reset[:, 0].view(B, 1, 1, 1), 0)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.transpose(1, 2).to(log_w.dtype).expand(B, H, N, N).contiguous()
         y, wkv = wkv6(r, k, v, log_w, self.time_faaaa, wkv, op)
