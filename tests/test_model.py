@@ -131,7 +131,7 @@ def test_a_trained_initial_state_is_where_the_model_starts(make_model):
         layer._replace(
             att_shift=layer.att_shift * 0,
             ffn_shift=layer.ffn_shift * 0,
-            wkv=model.blocks[i].att.time_state.mT[None],
+            wkv=model.blocks[i].att.time_state.mT[None].contiguous(),
         )
         for i, layer in enumerate(state)
     ]
