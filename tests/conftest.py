@@ -1,11 +1,16 @@
 """Shared by the tests: where the real files are, small models, and the comparison that all of them use."""
 
+import os
 from pathlib import Path
 
-import pytest
-import torch
+# before torch is imported, here and in the programs that tests start: small tensors gain nothing from more threads, and on
+# a busy machine threads that wait for each other in a spin cost a hundredfold
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from rwkv_bone.models.x060 import RWKV, ModelConfig  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
