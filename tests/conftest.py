@@ -7,10 +7,10 @@ from pathlib import Path
 # a busy machine threads that wait for each other in a spin cost a hundredfold
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from rwkv_bone.models.x060 import RWKV, ModelConfig  # noqa: E402
+from rwkv_bone.models.x060 import RWKV, ModelConfig
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
