@@ -176,8 +176,8 @@ def _wkv6(
 
 @_wkv6.register_fake
 def _(r, k, v, log_w, u, state, save):
-    B, T, H, N = r.shape
-    saved = _kernels(r.device).saved_shape(B, T, H, N) if save else (0,)
+    B, _, H, N = r.shape
+    saved = _kernels(r.device).saved_shape(r) if save else (0,)
     return torch.empty_like(r), u.new_empty(B, H, N, N), u.new_empty(saved)
 
 

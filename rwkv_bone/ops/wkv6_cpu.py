@@ -74,8 +74,9 @@ def _variant(name: str | None) -> int:
     return VARIANTS[name]
 
 
-def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
+def saved_shape(r: Tensor) -> tuple[int, ...]:
     """The shape of the states that forward keeps for backward: one every CHECKPOINT tokens, the initial one first."""
+    B, T, H, N = r.shape
     return (B, H, (T + CHECKPOINT - 1) // CHECKPOINT, N, N)
 
 
@@ -87,7 +88,7 @@ def forward(
     B, T, H, N = r.shape
     y = torch.empty_like(r)
     final_state = u.new_empty(B, H, N, N)
-    saved = u.new_empty(saved_shape(B, T, H, N) if save else 0)
+    saved = u.new_empty(saved_shape(r) if save else 0)
     library().wkv6_cpu_forward(
         _variant(variant), threads or torch.get_num_threads(), _torch_threads(),
         DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
