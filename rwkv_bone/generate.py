@@ -38,6 +38,7 @@ from .config import Parser
 from .data.jsonl import Chat, Templates
 from .data.tokenizer import Tokenizer, open_tokenizer
 from .errors import UserError, run
+from .foreign import Foreign
 from .models.x060 import RWKV, LayerState, State
 from .ops.wkv6 import OPS
 from .peft import merge
@@ -336,6 +337,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", "--load_model", required=True, metavar="M.pth", help="RWKV-6 .pth")
     group.add_argument("--peft_checkpoint", default="", metavar="A.pth", help="adapter to merge into it first")
+    group.add_argument("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA files, which do not say it")
+    group.add_argument("--lora_init", "--pissa_init", default="", metavar="F.pth", help="init_pissa.pth of RWKV-PEFT's PiSSA")
     group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 on a GPU, fp32 on the CPU")
     group.add_argument("--op", default="auto", choices=OPS, help="WKV6 kernel; torch needs no compiler")
@@ -344,19 +347,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoding", default="utf-8", choices=("utf-8", "utf-16-le"), help="of the byte tokenizer")
 
 
-def open_model(args: argparse.Namespace) -> tuple[RWKV, Tokenizer]:
-    """The model of --model and --peft_checkpoint, merged and ready to run, and its tokenizer."""
+def open_model(args: argparse.Namespace) -> RWKV:
+    """The model of --model and --peft_checkpoint, merged and ready to run."""
     device = pick_device(args.device)
     if args.op in ("cpu", "cuda") and args.op != device.type:
         raise UserError(f"--op {args.op} does not run on --device {device}; leave it out")
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = load_model(args.model, dtype, device)
+    told = args.lora_alpha is not None or args.lora_init
     if args.peft_checkpoint:
-        load_adapter(model, args.peft_checkpoint)
+        info = load_adapter(model, args.peft_checkpoint, foreign=Foreign(args.lora_alpha, args.lora_init))
+        if told and "foreign" not in info:
+            raise UserError(f"{args.peft_checkpoint}: says all of itself; leave --lora_alpha and --lora_init out")
         merge(model)
+    elif told:
+        raise UserError("--lora_alpha and --lora_init belong to a --peft_checkpoint")
     model.requires_grad_(False).eval()
     model.op = args.op
-    return model, open_tokenizer(args.tokenizer, model.config.vocab_size, args.vocab_file or None, args.encoding)
+    return model
+
+
+def tokenizer_of(args: argparse.Namespace, model: RWKV) -> Tokenizer:
+    return open_tokenizer(args.tokenizer, model.config.vocab_size, args.vocab_file or None, args.encoding)
 
 
 def pick_device(name: str) -> torch.device:
@@ -373,7 +385,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, default: Sampling) -> None:
+def add_sampling_flags(parser: argparse.ArgumentParser, default: Sampling, batch_size: int = 32) -> None:
     group = parser.add_argument_group("sampling")
     texts = {
         "temperature": ("--temperature", "above 1 wilder, below 1 tamer, 0: always the likeliest token"),
@@ -388,7 +400,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, default: Sampling) -> No
         value = getattr(default, f.name)
         group.add_argument(*names, dest=f.name, type=f.type, default=value, help=f"{text} (default: {value})")
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples (default: 0)")
-    group.add_argument("--batch_size", type=int, default=32, help="prompts at once (default: 32)")
+    text = f"prompts at once (default: {batch_size})"
+    group.add_argument("--batch_size", type=int, default=batch_size, help=text)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -455,7 +468,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give --prompt or --prompt_file, or --chat" if not prompts else "--chat takes no prompts")
     if args.samples < 1 or args.max_tokens < 1:
         raise UserError(f"--samples {args.samples} and --max_tokens {args.max_tokens} must be at least 1")
-    model, tokenizer = open_model(args)
+    model = open_model(args)
+    tokenizer = tokenizer_of(args, model)
     sys.stdout.reconfigure(errors="replace")
     with memory_advice("take a smaller --batch_size, or --device cpu"):
         if args.chat:
