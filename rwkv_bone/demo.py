@@ -1,7 +1,8 @@
 """The whole way on a small model, with nothing but what Python and this package bring.
 
-A small RWKV-6 is trained from scratch on Python's own help topics, fine-tuned with Bone on questions and answers made of
-docstrings, merged, and asked the same before and after. Each step is the command that a user would type.
+A small RWKV-6 that has read Python's documentation (shipped; or, with --scratch, a new one trained on Python's help topics) is
+fine-tuned with Bone on questions and answers made of docstrings, merged, and asked the same before and after. Each step is
+the command that a user would type.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from . import demo_model
 from .errors import UserError, run
 
 MODULES = (
@@ -24,8 +26,8 @@ MODULES = (
     "locale gettext unicodedata difflib platform errno io mmap shelve sched bdb code zlib warnings traceback cProfile"
 ).split()
 
-BASE = ["--n_layer", "4", "--n_embd", "128", "--head_size_a", "32", "--vocab_size", "257", "--ctx_len", "256"]
-QUESTIONS = ("What does json.loads do?", "What does os.path.join do?", "What does math.sqrt do?")
+SCRATCH = ["--n_layer", "4", "--n_embd", "128", "--head_size_a", "32", "--vocab_size", "257"]
+QUESTIONS = ("What does json.loads do?", "What does os.path.join do?", "What does shutil.copytree do?")
 
 
 def help_topics() -> list[dict[str, str]]:
@@ -63,37 +65,37 @@ def command(name: str, *arguments) -> None:
         raise UserError(f"the demo stopped: this command ended with {result.returncode}")
 
 
-def ask(model: Path) -> None:
-    for question in QUESTIONS:
-        prompt = f"User: {question}\n\nAssistant:"
-        command("generate", "--model", model, "--prompt", prompt, "--max_tokens", 80, "--temperature", 0, "--stop", "\n\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rwkv-bone demo", description=__doc__)
-    parser.add_argument("folder", nargs="?", default="out/demo", type=Path)
-    parser.add_argument("--minutes", type=float, default=1.0, help="time for the base model's training (default: 1)")
+    parser.add_argument("folder", nargs="?", default="out/demo", type=Path, help="where everything goes (default: out/demo)")
+    parser.add_argument("--scratch", action="store_true", help="begin with a new model instead of the one that is shipped")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each training (default: 150, about a minute)")
     args = parser.parse_args(argv)
-    folder = args.folder
+    folder, steps = args.folder, args.steps
     folder.mkdir(parents=True, exist_ok=True)
-    steps = max(2, int(args.minutes * 150))
-    base, tuned, merged = folder / "base", folder / "tuned", folder / "tuned.pth"
+    tuned, merged, pictured = folder / "tuned", folder / "tuned.pth", [folder / "tuned"]
+    rate = ["--lr_schedule", "cos", "--warmup_steps", min(10, steps // 2), "--overwrite"]
 
-    text = write_jsonl(folder / "help_topics.jsonl", help_topics())
+    if args.scratch or not demo_model.BASE.exists():
+        text = write_jsonl(folder / "help_topics.jsonl", help_topics())
+        command("train", "--load_model", "", "--peft", "none", *SCRATCH, "--data_file", text, "--dataload", "chunk",
+                "--ctx_len", 256, "--epoch_steps", steps, "--lr_init", "2e-3", "--lr_final", "2e-4", *rate,
+                "--proj_dir", folder / "base")  # fmt: skip
+        base, tokenizer = folder / "base" / "rwkv-0.pth", []
+        pictured.insert(0, folder / "base")
+    else:
+        base, tokenizer = demo_model.BASE, ["--tokenizer", demo_model.TOKENIZER]
     pairs = write_jsonl(folder / "questions.jsonl", questions())
-    command("train", "--load_model", "", "--peft", "none", *BASE, "--data_file", text, "--data_type", "jsonl",
-            "--dataload", "chunk", "--micro_bsz", 8, "--epoch_steps", steps, "--lr_init", "2e-3", "--lr_final", "2e-4",
-            "--lr_schedule", "cos", "--warmup_steps", 10, "--proj_dir", base, "--overwrite")  # fmt: skip
-    before = base / "rwkv-0.pth"
-    command("train", "--load_model", before, "--peft", "bone", "--r", 32, "--data_file", pairs, "--data_type", "jsonl",
-            "--micro_bsz", 16, "--epoch_count", 2, "--epoch_steps", steps // 2, "--lr_init", "2e-3", "--lr_final", "2e-4",
-            "--lr_schedule", "cos", "--proj_dir", tuned, "--overwrite")  # fmt: skip
-    command("merge", "--base_model", before, "--peft_checkpoint", tuned / "rwkv-1.pth", "--output", merged)
-    print("\n--- before")
-    ask(before)
-    print("\n--- after")
-    ask(merged)
-    command("plot", base, tuned, "--out", folder / "loss.png")
+    command("train", "--load_model", base, "--peft", "bone", "--r", 32, "--data_file", pairs, *tokenizer, "--ctx_len", 128,
+            "--epoch_count", 2, "--epoch_steps", steps // 2, "--micro_bsz", 16, "--lr_init", "3e-3", "--lr_final", "3e-4", *rate,
+            "--proj_dir", tuned)  # fmt: skip
+    command("merge", "--base_model", base, "--peft_checkpoint", tuned / "rwkv-1.pth", "--output", merged, "--overwrite")
+    asking = [*tokenizer, "--instruct", "--temperature", 0, "--max_tokens", 60, "--stop", "\n\n"]
+    for question in QUESTIONS:
+        asking += ["--prompt", question]
+    command("generate", "--model", base, *asking)
+    command("generate", "--model", merged, *asking)
+    command("plot", *pictured, "--out", folder / "loss.png")
     print(f"\nThe tuned model is {merged}, the loss curves are {folder / 'loss.png'}.")
     return 0
 
