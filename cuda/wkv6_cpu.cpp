@@ -36,6 +36,9 @@ struct Work {
         Work& work = *static_cast<Work*>(self);
         FlushSubnormals flush;
         for (int64_t i; (i = work.next.fetch_add(1)) < work.n;) work.task(work.data, i);
+#if defined(__x86_64__)
+        _mm_sfence();  // stores past the caches are seen by whoever sees this thread end
+#endif
     }
 };
 

@@ -30,6 +30,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "wkv6_cpu.h"
 
 #ifdef __clang__
@@ -83,13 +87,33 @@ INLINE Vec<float> load(const bf16* p) {
 }
 INLINE void store(float* p, Vec<float> x) { memcpy(p, &x, sizeof x); }
 INLINE void store(double* p, Vec<double> x) { memcpy(p, &x, sizeof x); }
-INLINE void store(bf16* p, Vec<float> x) {  // round to nearest, ties to even; NaN stays NaN
-    Bits b = (Bits)x;
-    Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    Bits nan = (Bits)(x != x);
-    Half h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
+INLINE Half rounded(Vec<float> x) {  // to bf16, the nearest, of two the even one; NaN stays NaN
+    Bits b = (Bits)x, nan = (Bits)(x != x);
+    b = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    return __builtin_convertvector((b & ~nan) | (nan & 0x7fc0), Half);
+}
+INLINE void store(bf16* p, Vec<float> x) {
+    Half h = rounded(x);
     memcpy(p, &h, sizeof h);
 }
+
+// Stores that go past the caches to memory, without reading the line first: large results are not used soon. p is
+// aligned to the vector.
+#if defined(__AVX512F__)
+INLINE void stream(float* p, Vec<float> x) { _mm512_stream_ps(p, (__m512)x); }
+INLINE void stream_half(void* p, Half x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
+#elif defined(__AVX2__)
+INLINE void stream(float* p, Vec<float> x) { _mm256_stream_ps(p, (__m256)x); }
+INLINE void stream_half(void* p, Half x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
+#elif defined(__x86_64__)
+INLINE void stream(float* p, Vec<float> x) { _mm_stream_ps(p, (__m128)x); }
+INLINE void stream_half(void* p, Half x) { _mm_stream_si64(static_cast<long long*>(p), (long long)x); }
+#else
+INLINE void stream(float* p, Vec<float> x) { store(p, x); }
+INLINE void stream_half(void* p, Half x) { memcpy(p, &x, sizeof x); }
+#endif
+INLINE void stream(bf16* p, Vec<float> x) { stream_half(p, rounded(x)); }
+INLINE void stream(double* p, Vec<double> x) { store(p, x); }
 
 // Error 1e-7 relative; exactly 0 below -86.6 (fp32 has no normal number there), -inf included; exactly 1 at 0.
 INLINE Vec<float> exponential(Vec<float> x) {
@@ -178,29 +202,32 @@ template <class F, class IO> void load_as(F* to, const IO* from, int64_t n, int6
     for (int64_t c = 0; c < full + (rest > 0); c++)
         for (int64_t t = n; t < rows; t++) at(to + (c * rows + t) * W) = Vec<F>{};
 }
-template <class F, class IO> void store_as(IO* to, const F* from, int64_t n, int64_t rows, int64_t stride, int64_t N) {
+template <class F, class IO>
+void store_as(IO* to, const F* from, int64_t n, int64_t rows, int64_t stride, int64_t N, bool past_caches = false) {
     constexpr int W = Lanes<F>::W;
     int64_t full = N / W, rest = N % W;
+    if (past_caches) {
+        for (int64_t t = 0; t < n; t++, to += stride)
+            for (int64_t c = 0; c < full; c++) stream(to + c * W, at(from + (c * rows + t) * W));
+        return;
+    }
     for (int64_t t = 0; t < n; t++, to += stride) {
         for (int64_t c = 0; c < full; c++) store(to + c * W, at(from + (c * rows + t) * W));
         if (rest) store_some<F>(to + full * W, rest, at(from + (full * rows + t) * W));
     }
 }
 
-INLINE void load_rows(float* to, const void* from, int64_t first, int type, int64_t n, int64_t stride, int64_t N) {
-    if (type == kBFloat16) load_as(to, static_cast<const bf16*>(from) + first, n, L, stride, N);
-    else load_as(to, static_cast<const float*>(from) + first, n, L, stride, N);
-}
-INLINE void load_rows(double* to, const void* from, int64_t first, int, int64_t n, int64_t stride, int64_t N) {
-    load_as(to, static_cast<const double*>(from) + first, n, L, stride, N);
-}
-INLINE void store_rows(void* to, int64_t first, int type, const float* from, int64_t n, int64_t stride, int64_t N) {
-    if (type == kBFloat16) store_as(static_cast<bf16*>(to) + first, from, n, L, stride, N);
-    else store_as(static_cast<float*>(to) + first, from, n, L, stride, N);
-}
-INLINE void store_rows(void* to, int64_t first, int, const double* from, int64_t n, int64_t stride, int64_t N) {
-    store_as(static_cast<double*>(to) + first, from, n, L, stride, N);
-}
+// How a tensor's elements lie in memory.
+template <class F> struct Element;
+template <> struct Element<float> {
+    template <class Call> static INLINE void as(int type, const Call& call) {
+        if (type == kBFloat16) call(bf16());
+        else call(float());
+    }
+};
+template <> struct Element<double> {
+    template <class Call> static INLINE void as(int, const Call& call) { call(double()); }
+};
 
 // The transpose of an np x np matrix in panels.
 template <class F> void transpose(F* to, const F* from, int64_t nv) {
@@ -551,14 +578,24 @@ template <class F> struct Heads {
     static Place place(int64_t h, int64_t t, int64_t end) { return {h, t, end > t ? least(L, end - t) : 0}; }
 
     void load(F* to, const void* from, int type, Place at) const {
-        load_rows(to, from, offset(at.h, at.t), type, at.n, stride, N);
+        Element<F>::as(type, [&](auto element) __attribute__((always_inline)) {
+            load_as(to, static_cast<const decltype(element)*>(from) + offset(at.h, at.t), at.n, L, stride, N);
+        });
     }
     void save(void* to, int type, const F* from, Place at) const {
-        store_rows(to, offset(at.h, at.t), type, from, at.n, stride, N);
+        Element<F>::as(type, [&](auto element) __attribute__((always_inline)) {
+            store_as(static_cast<decltype(element)*>(to) + offset(at.h, at.t), from, at.n, L, stride, N, past_caches(to, type));
+        });
+    }
+    // Whether results go past the caches: large ones do, if their rows are whole vectors.
+    bool past_caches(const void* to, int type) const {
+        int64_t size = type == kBFloat16 ? 2 : sizeof(F), vector = W * size;
+        return p.B * p.T * stride * size >= 1 << 20 && N % W == 0 && reinterpret_cast<uintptr_t>(to) % vector == 0;
     }
     // Asks for a chunk's rows ahead of their use, between the steps of the chunk before: rows are `stride` apart, which
     // is more than a processor foresees.
     template <bool kWrite = false> INLINE void fetch(const void* rows, int type, Place at) const {
+        if (kWrite && past_caches(rows, type)) return;
         int64_t size = type == kBFloat16 ? 2 : sizeof(F);
         for (int64_t i = 0; i < at.n; i++) {
             const char* row = static_cast<const char*>(rows) + offset(at.h, at.t + i) * size;
