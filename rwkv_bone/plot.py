@@ -1,0 +1,188 @@
+"""A picture of one or more runs: loss, learning rate and tokens/s over the steps, from each run's loss_data.jsonl.
+
+    python -m rwkv_bone.plot DIR... [--out loss.png]
+
+The loss of each step is drawn faint, and over it the mean of the steps around, each weighted by its trained tokens: so the
+line is the mean loss per token there, and does not lag behind. Speeds are averaged over time, without the first step, which
+builds kernels and warms up. Drawn with matplotlib, the optional extra `plot`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import atomic
+from .config import Parser
+from .errors import UserError, run
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito: for all eyes
+COLUMNS = ("step", "epoch", "loss", "lr", "t_cost", "kt_s", "trained")
+FORMATS = ("png", "svg", "pdf")
+
+
+def read_run(path: str | Path) -> dict[str, np.ndarray]:
+    """The columns of a run's loss_data.jsonl, in order of steps; NaN where a line has no such value.
+
+    path: the run's folder, or the file. RWKV-PEFT's files, which name no steps, are read as well. A step that is there twice
+    counts as it was the last time; a last line that is being written is left out.
+    """
+    path = Path(path)
+    file = path if path.suffix == ".jsonl" else path / "loss_data.jsonl"
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        what = "there is no loss_data.jsonl; is this a run's folder?" if path.is_dir() else error.strerror
+        raise UserError(f"{path}: {what}") from None
+    steps = {}
+    for number, line in enumerate(lines[:-1], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            values = [math.nan if row.get(name) is None else float(row[name]) for name in COLUMNS]
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f'{file}, line {number}: wanted a line such as {{"step": 1, "loss": 2.5}}') from None
+        if math.isnan(values[0]):
+            values[0] = float(number)
+        steps[values[0]] = values
+    if not steps:
+        raise UserError(f"{file}: no step is in it yet")
+    return dict(zip(COLUMNS, np.array([steps[step] for step in sorted(steps)]).T))
+
+
+def smooth(values: np.ndarray, weights: np.ndarray, window: int) -> np.ndarray:
+    """Weighted means around each value, which fall off evenly to zero `window` values away; NaN where a value is not finite.
+
+    Moving sums of `window` values, twice, of the weighted values and of the weights.
+    """
+    good = np.isfinite(values) & (weights > 0)
+    at = np.arange(len(values))
+    low, high = np.maximum(at - window // 2, 0), np.minimum(at + (window + 1) // 2, len(values))
+
+    def around(x: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([[0.0], np.cumsum(x)])
+        return sums[high] - sums[low]
+
+    near = np.isfinite(values) & (around(around(good.astype(float))) > 0)
+    total = around(around(np.where(good, weights, 0)))
+    mean = around(around(np.where(good, values, 0) * np.where(good, weights, 0))) / np.where(near, total, 1)
+    return np.where(near, mean, np.nan)
+
+
+def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Draw the runs in folders (or loss_data.jsonl files) `runs` into the picture `out`: .png, .svg or .pdf."""
+    out = Path(out)
+    if out.suffix.lower().lstrip(".") not in FORMATS:
+        raise UserError(f"--out {out}: wanted a name that ends in .{', .'.join(FORMATS)}")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+    except ImportError:
+        raise UserError("pictures are drawn with matplotlib; pip install matplotlib") from None
+    data = {str(path): read_run(path) for path in runs}
+    with_lr = any(np.isfinite(columns["lr"]).any() for columns in data.values())
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
+        "agg.path.chunksize": 20000,  # a million steps would be too long for one path
+        "svg.hashsalt": "rwkv-bone",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10, 7.5 if with_lr else 6), layout="constrained")
+        heights = [3, 1, 1] if with_lr else [3, 1]
+        panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        loss_panel, speed_panel, lr_panel = panels[0], panels[-1], panels[1] if with_lr else None
+        smoothed = {}
+        for number, (name, columns) in enumerate(data.items()):
+            step, loss, colour = columns["step"], columns["loss"], COLOURS[number % len(COLOURS)]
+            weights = np.where(np.isfinite(columns["trained"]), columns["trained"], 1)
+            window = max(5, len(step) // 50) if len(step) >= 20 else 1
+            line = smoothed[name] = smooth(loss, weights, window)
+            last = line[np.isfinite(line)][-1:]
+            label = f"{name}: " + (f"{last[0]:.4f}" if len(last) else "no finite loss")
+            if window > 1:
+                loss_panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
+            mark = {"marker": "."} if len(step) < 40 else {}
+            loss_panel.plot(step, line, color=colour, linewidth=1.8, label=label, **mark)
+            bad = ~np.isfinite(loss)
+            if bad.any():
+                place = loss_panel.get_xaxis_transform()  # at the bottom, whatever the losses are
+                text = f"{name}: {bad.sum()} steps without a finite loss"
+                loss_panel.plot(step[bad], np.full(bad.sum(), 0.02), "x", color="#c00000", transform=place, label=text)
+            if with_lr:
+                lr_panel.plot(step, columns["lr"], color=colour, linewidth=1.5, **mark)
+            speed = 1000 * columns["kt_s"]
+            if window > 1:
+                speed_panel.plot(step, speed, color=colour, alpha=0.25, linewidth=0.8)
+            seconds = np.where(np.isfinite(columns["t_cost"]), columns["t_cost"], 1)  # so the mean is tokens / time
+            seconds[0] = 0 if len(seconds) > 1 else 1  # the first step builds and warms up
+            speed_panel.plot(step, smooth(speed, seconds, window), color=colour, linewidth=1.5, **mark)
+        borders = epoch_borders(next(iter(data.values()))) if len(data) == 1 else []
+        for panel in panels:
+            for border in borders:
+                panel.axvline(border, color="#bbbbbb", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        loss_panel.set_ylim(*loss_limits(data.values(), smoothed.values()))
+        loss_panel.set_ylabel("loss (nats per token)")
+        loss_panel.legend(loc="upper right", title="smoothed loss at the end")
+        if with_lr:
+            lr_panel.set_ylabel("learning rate")
+            lr_panel.set_ylim(bottom=0)
+            lr_panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        speed_panel.set_ylabel("tokens/s")
+        speeds = np.concatenate([1000 * columns["kt_s"] for columns in data.values()])
+        speeds = speeds[np.isfinite(speeds)]
+        speed_panel.set_ylim(0, 1.15 * np.quantile(speeds, 0.98) if len(speeds) and speeds.max() > 0 else 1)
+        speed_panel.yaxis.set_major_formatter(EngFormatter(sep=""))
+        speed_panel.set_xlabel("step" + (" (dashed: epochs)" if borders else ""))
+        speed_panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        speed_panel.margins(x=0.01)
+        for panel in panels:
+            panel.yaxis.set_label_coords(-0.075, 0.5)
+        with atomic(out) as file:
+            figure.savefig(file, format=out.suffix.lower()[1:], dpi=130)
+    return out
+
+
+def epoch_borders(columns: dict[str, np.ndarray]) -> list[float]:
+    """Where one epoch ends and the next begins, unless that is too often to draw."""
+    step, epoch = columns["step"], columns["epoch"]
+    at = np.flatnonzero(np.diff(epoch) > 0)  # NaN, where there are no epochs, is not greater
+    return [float(step[i] + step[i + 1]) / 2 for i in at] if len(at) <= 30 else []
+
+
+def loss_limits(data, smoothed) -> tuple[float, float]:
+    """A range of the loss axis that shows every smoothed line and all raw losses but the wildest."""
+    raw = np.concatenate([columns["loss"] for columns in data])
+    raw, lines = raw[np.isfinite(raw)], np.concatenate(list(smoothed))
+    lines = lines[np.isfinite(lines)]
+    if not len(lines):
+        return 0.0, 1.0
+    low, high = min(np.quantile(raw, 0.005), lines.min()), max(np.quantile(raw, 0.995), lines.max())
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="rwkv_bone.plot", description="Draw loss, learning rate and tokens/s of runs.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run (its --proj_dir), or a loss_data.jsonl")
+    text = "picture to write: .png, .svg or .pdf (default: loss.png, in the folder if there is only one)"
+    parser.add_argument("--out", default="", metavar="FILE", help=text)
+    args = parser.parse_args(argv)
+    alone = len(args.runs) == 1 and os.path.isdir(args.runs[0])
+    print(plot_runs(args.runs, args.out or (Path(args.runs[0]) / "loss.png" if alone else "loss.png")))
+
+
+if __name__ == "__main__":
+    run(main)
