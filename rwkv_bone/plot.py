@@ -114,7 +114,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
             label = f"{name}: " + (f"{last[0]:.4f}" if len(last) else "no finite loss")
             if window > 1:
                 loss_panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
-            mark = {"marker": "."} if len(step) < 40 else {}
+            mark = {"marker": "."} if window == 1 else {}
             loss_panel.plot(step, line, color=colour, linewidth=1.8, label=label, **mark)
             bad = ~np.isfinite(loss)
             if bad.any():
