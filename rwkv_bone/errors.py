@@ -1,5 +1,6 @@
 """The one exception that means "the input is bad", not "the program is": shown as one line, exit code 2."""
 
+import signal
 import sys
 
 
@@ -8,7 +9,11 @@ class UserError(ValueError):
 
 
 def run(main) -> None:
-    """Call `main()` for a command line: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call `main()` for a command line: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    SIGTERM is an exit like any other, with code 143, so that files half written are removed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = main()
     except UserError as error:

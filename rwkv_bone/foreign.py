@@ -62,6 +62,8 @@ def translate(
     elif method == "lora":
         if lora_alpha is None:
             raise UserError(f"{path}: a LoRA of RWKV-PEFT does not say its alpha; give --lora_alpha as it was trained with")
+        if not lora_alpha > 0:
+            raise UserError(f"--lora_alpha must be above 0, not {lora_alpha}")
         options["alpha"] = float(lora_alpha)
     return ours, {"method": method, "options": options, "base": {}, "foreign": "RWKV-PEFT"}
 

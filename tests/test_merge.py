@@ -1,0 +1,707 @@
+"""merge.py: the written file is base + adapter rounded once, other programs can read it, and it is whole or not there."""
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from independent import rwkv_package_logits
+
+from rwkv_bone import merging
+from rwkv_bone.checkpoint import (
+    fingerprint,
+    load_adapter,
+    load_model,
+    open_model,
+    open_tensors,
+    read_adapter,
+    save_adapter,
+    save_tensors,
+    write_pth,
+)
+from rwkv_bone.errors import UserError
+from rwkv_bone.models.x060 import ModelConfig
+from rwkv_bone.peft import METHODS, adapter_tensors, adapters, inject, merge, train_parts
+
+ROOT = Path(__file__).resolve().parents[1]
+R = 5  # divides neither 16 nor 24 nor 40
+
+
+def run(*argv) -> int:
+    return merging.main([str(word) for word in argv])
+
+
+def command(*argv, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "merge.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **more)
+
+
+def perturb(model, size: float = 0.05) -> None:
+    """Train, as it were: every trainable entry moves."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn_like(p))
+
+
+def save_trained(path: Path, base: Path, method: str = "bone", parts=("time", "ln"), size: float = 0.05):
+    """A model on `base` with a trained adapter, and the adapter's file."""
+    model = load_model(base)
+    cls = METHODS[method]
+    config = cls.config_from({"r": R}, method)
+    inject(model, cls, config)
+    for layer in adapters(model).values():
+        if cls.starts_from_gradient:
+            layer.start_at(0.1 * torch.randn_like(layer.lora_A), 0.1 * torch.randn_like(layer.lora_B))
+    train_parts(model, parts)
+    perturb(model, size)
+    info = {"method": method, "options": vars(config), "base": {"file": base.name, "fingerprint": model.fingerprint}}
+    save_adapter(path, adapter_tensors(model), info)
+    return model
+
+
+@pytest.fixture
+def base(make_model, tmp_path) -> Path:
+    torch.manual_seed(0)
+    save_tensors(tmp_path / "base.pth", make_model(dtype=torch.bfloat16).state_dict())
+    return tmp_path / "base.pth"
+
+
+@pytest.fixture
+def paths(base, tmp_path) -> dict[str, Path]:
+    """A bf16 base, a Bone adapter on it with trained parts, and a place for the result."""
+    save_trained(tmp_path / "adapter.pth", base)
+    return {"base": base, "adapter": tmp_path / "adapter.pth", "out": tmp_path / "merged.pth"}
+
+
+def arguments(paths, *more):
+    return ["--base_model", paths["base"], "--peft_checkpoint", paths["adapter"], "--output", paths["out"], *more]
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_merged_file_is_base_plus_adapter_rounded_once(method, base, tmp_path):
+    model = save_trained(tmp_path / "a.pth", base, method)
+    exact = model.double()
+    merge(exact)
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth")
+    before, after = open_tensors(base), open_tensors(tmp_path / "m.pth")
+    assert [(n, t.dtype, t.shape) for n, t in before.items()] == [(n, t.dtype, t.shape) for n, t in after.items()]
+    for name, wanted in exact.state_dict().items():
+        if wanted.equal(before[name].double()):
+            assert after[name].equal(before[name]), name
+        half_a_unit = 2.0**-9 * 2 ** wanted.abs().clamp(min=1e-30).log2().floor().add(1)  # of bf16, at each entry
+        assert ((after[name].double() - wanted).abs() <= half_a_unit * (1 + 1e-3)).all(), name
+    changed = {n for n in before if not before[n].equal(after[n])}
+    assert changed == {n for n in before if not n.startswith(("emb.", "head.")) and (".att." in n or ".ffn." in n or "ln" in n)}
+
+
+def test_bone_is_merged_by_its_formula(paths):
+    """W'_ij = W_ij + W_ij B_j + B_j, block by block in float64; rounded to bf16 where the sum in float32 cannot tip it."""
+    run(*arguments(paths))
+    before, after, adapter = (open_tensors(paths[key]) for key in ("base", "out", "adapter"))
+    for layer in ("att.key", "att.output", "ffn.key", "ffn.value"):
+        W, B = before[f"blocks.1.{layer}.weight"].double(), adapter[f"blocks.1.{layer}.bone"].double()
+        wanted = W.clone()
+        for j, block in enumerate(B):
+            columns = slice(j * R, min((j + 1) * R, W.shape[1]))
+            width = columns.stop - columns.start
+            for i in range(0, W.shape[0], R):
+                rows = slice(i, min(i + R, W.shape[0]))
+                wanted[rows, columns] += W[rows, columns] @ block[:width, :width] + block[: rows.stop - rows.start, :width]
+        merged = after[f"blocks.1.{layer}.weight"].double()
+        assert (merged - wanted).abs().max() < 2**-8 * wanted.abs().max()
+        assert (merged == wanted.bfloat16()).double().mean() > 0.999
+
+
+def test_merging_again_gives_the_same_bytes(paths):
+    run(*arguments(paths))
+    first = paths["out"].read_bytes()
+    run(*arguments(paths, "--overwrite"))
+    assert paths["out"].read_bytes() == first
+
+
+def test_a_model_of_float32_loses_nothing_and_says_so(make_model, tmp_path, capsys):
+    save_tensors(tmp_path / "base.pth", make_model(dtype=torch.float32).state_dict())
+    model = save_trained(tmp_path / "a.pth", tmp_path / "base.pth")
+    run("--base_model", tmp_path / "base.pth", "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth")
+    merge(model)
+    assert all(t.equal(open_tensors(tmp_path / "m.pth")[name]) for name, t in model.state_dict().items())
+    assert re.search(r"\n +all +\d+ +\d+\.\d+% +0\.000% +0\.000%\n", capsys.readouterr().out)
+
+
+def test_parts_trained_in_full_replace_the_bases(paths):
+    run(*arguments(paths))
+    after, adapter = open_tensors(paths["out"]), open_tensors(paths["adapter"])
+    parts = [name for name in adapter if name in after]
+    assert {"blocks.0.att.time_decay", "blocks.1.ln1.bias", "blocks.0.att.ln_x.weight", "ln_out.weight"} <= set(parts)
+    for name in parts:
+        assert after[name].equal(adapter[name].bfloat16())
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_the_rwkv_package_gives_the_merged_file_the_logits_of_base_plus_adapter(tiny, tmp_path):
+    """On really trained weights. Widened to float32 first, as the package computes ln0(emb) in the file's dtype."""
+    run("--base_model", tiny, "--output", tmp_path / "base.pth", "--dtype", "fp32")
+    model = save_trained(tmp_path / "a.pth", tmp_path / "base.pth", parts=["time"], size=0.003)
+    run("--base_model", tmp_path / "base.pth", "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth")
+    tokens = list("The merged".encode("utf-16-le"))
+    model.op = "torch"
+    adapted = model(torch.tensor([tokens]))[0][0]
+    plain = rwkv_package_logits(tmp_path / "base.pth", tokens)
+    assert (adapted - plain).abs().max() > 0.1
+    assert (adapted - rwkv_package_logits(tmp_path / "m.pth", tokens)).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_the_report_gives_what_rounding_lost(paths, capsys):
+    run(*arguments(paths))
+    printed = capsys.readouterr().out
+    before, after, adapter = (open_tensors(paths[key]) for key in ("base", "out", "adapter"))
+    exact = load_model(paths["base"], torch.float64)
+    load_adapter(exact, paths["adapter"])
+    merge(exact)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for layer in (0, 1):
+        W, E, M = (x[f"blocks.{layer}.ffn.key.weight"].double() for x in (before, exact.state_dict(), after))
+        moved = W != E
+        squares = [x.square().sum() for x in (W, E - W, M - E)]
+        sums += torch.stack([*squares, moved.sum(), (moved & (M == W)).sum()])
+    weight, update, lost, moved, vanished = sums.tolist()
+    row = re.search(r"ffn\.key +2 +(\S+)% +(\S+)% +(\S+)%\n", printed)
+    assert [float(x) for x in row.groups()] == pytest.approx(
+        [100 * (update / weight) ** 0.5, 100 * (lost / update) ** 0.5, 100 * vanished / moved], abs=2e-3
+    )
+    assert vanished > 0
+    assert f"changed    {2 * 8 + len([n for n in adapter if n in before])} of 62 tensors by" in printed
+
+
+def test_a_tiny_update_is_seen_to_vanish(base, tmp_path, capsys):
+    save_trained(tmp_path / "a.pth", base, parts=(), size=1e-5)
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth")
+    _, lost, unmoved = re.search(r" all +16 +(\S+)% +(\S+)% +(\S+)%\n", capsys.readouterr().out).groups()
+    assert float(lost) > 90
+    assert float(unmoved) > 90
+
+
+def test_output_that_is_no_terminal_has_no_control_codes(paths):
+    done = command(*arguments(paths, "--verify"))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout)
+    headings = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
+    assert headings == ["base", "adapter", "changed", "written", "verified"]
+
+
+def test_verify_compares_the_written_file_with_base_plus_adapter(paths, tmp_path, capsys):
+    def differences(job, path):
+        return [float(x) for x in re.search(r"within (\S+) of .* up to (\S+) from", merging.verify(job, path)).groups()]
+
+    run(*arguments(paths, "--dtype", "fp32", "--verify"))
+    assert "same next token at 32 of 32 positions" in capsys.readouterr().out
+    job = merging.Merge(paths["base"], [paths["adapter"]])
+    far, moved = differences(job, paths["out"])
+    assert far < 1e-4 < 0.1 < moved
+    assert differences(job, paths["base"]) == [moved, moved]  # the base is no merge
+    model = load_model(paths["base"], torch.float32)
+    model.op = "torch"
+    idx = torch.arange(1, 33) * 7919 % 50
+    torch.testing.assert_close(merging.logits(load_model(paths["base"]), idx[None]), model(idx[None])[0][0], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- several adapters
+
+
+def test_adapters_in_order_are_merged_as_one_after_the_other(base, tmp_path):
+    names = [tmp_path / f"{x}.pth" for x in ("a", "b", "c")]
+    before = base
+    for name, method in zip(names, ("bone", "lora", "miss")):
+        save_trained(name, before, method)
+        after = tmp_path / f"on_{name.name}"
+        run("--base_model", before, "--peft_checkpoint", name, "--output", after)
+        before = after
+    run("--base_model", base, "--peft_checkpoint", *names, "--output", tmp_path / "m.pth", "--verify")
+    assert (tmp_path / "m.pth").read_bytes() == before.read_bytes()
+
+
+def test_the_second_adapter_must_have_been_trained_on_the_merge_of_the_first(base, make_model, tmp_path):
+    save_tensors(tmp_path / "other.pth", make_model(seed=5, dtype=torch.bfloat16).state_dict())
+    save_trained(tmp_path / "a.pth", base)
+    save_trained(tmp_path / "sibling.pth", base)
+    save_trained(tmp_path / "stranger.pth", tmp_path / "other.pth")
+    argv = ["--base_model", base, "--output", tmp_path / "m.pth", "--peft_checkpoint", tmp_path / "a.pth"]
+    with pytest.raises(UserError, match=r"sibling\.pth: was trained on the base itself, not on its merge with .*a\.pth"):
+        run(*argv, tmp_path / "sibling.pth")
+    with pytest.raises(UserError, match=r"stranger\.pth: was trained on another base \(other\.pth\)"):
+        run(*argv, tmp_path / "stranger.pth")
+    assert not (tmp_path / "m.pth").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+    run(*argv, tmp_path / "sibling.pth", tmp_path / "stranger.pth", "--force")
+
+
+def test_a_state_tuned_adapter_adds_its_tensors_in_the_models_order(base, tmp_path):
+    tensors = open_tensors(base)
+    states = {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8) for i in (0, 1)}
+    save_adapter(tmp_path / "s.pth", states, {"method": "none", "options": {}, "base": {"fingerprint": fingerprint(tensors)}})
+    torch.save(states, tmp_path / "foreign.pth")
+    for name in ("s", "foreign"):
+        run("--base_model", base, "--state_checkpoint", tmp_path / f"{name}.pth", "--output", tmp_path / f"{name}_m.pth")
+        config, merged = open_model(tmp_path / f"{name}_m.pth")
+        assert list(merged) == list(config.shapes())
+        assert config.time_state
+        assert {n: t for n, t in merged.items() if n not in states}.keys() == tensors.keys()
+        assert all(merged[n].equal(t.bfloat16()) for n, t in states.items())
+    assert (tmp_path / "s_m.pth").read_bytes() == (tmp_path / "foreign_m.pth").read_bytes()
+
+
+# ---------------------------------------------------------------- RWKV-PEFT's adapters
+
+
+LAYERS = ["blocks.0.att.receptance", "blocks.1.att.output", "blocks.0.ffn.key", "blocks.1.ffn.value"]
+
+
+def foreign_case(kind: str, W: torch.Tensor):
+    """Tensors of RWKV-PEFT for one projection, and W' by the documented formula in float64 (r = 8 divides, as it must there)."""
+    out, in_ = W.shape
+    if kind in ("bone", "disha"):  # the weight guide: block (i, j) of W is multiplied by B_j
+        B = 0.1 * torch.randn(in_ // 8, 8, 8, dtype=torch.float64)
+        blocks = W.view(out // 8, 8, in_ // 8, 8).permute(0, 2, 1, 3)
+        return {f".{kind}": B}, (blocks + blocks @ B + B).permute(0, 2, 1, 3).reshape(out, in_)
+    if kind in ("miss", "miss_disha"):  # y = x W^T + (sum of x's pieces) D
+        D = 0.1 * torch.randn(8, out, dtype=torch.float64)
+        x = torch.eye(in_, dtype=torch.float64)
+        y = x @ W.T + x.view(in_, in_ // 8, 8).sum(1) @ D
+        return {".disha" if kind == "miss_disha" else ".bone": D}, y.T
+    A, B, A0, B0 = (0.3 * torch.randn(*shape, dtype=torch.float64) for shape in ((8, in_), (out, 8), (8, in_), (out, 8)))
+    if kind == "lora":
+        return {".lora_A": A, ".lora_B": B}, W + (24 / 8) * B @ A
+    return {".lora_A": A, ".lora_B": B, ".init_lora_A": A0, ".init_lora_B": B0}, W - B0 @ A0 + B @ A
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("kind", ["bone", "disha", "miss", "miss_disha", "lora", "pissa"])
+def test_adapters_of_rwkv_peft_are_merged_by_their_documented_formulas(kind, prefix, make_model, tmp_path, capsys):
+    save_tensors(tmp_path / "base.pth", make_model().state_dict())  # float64: nothing is rounded
+    base = open_tensors(tmp_path / "base.pth")
+    trained, init, wanted = {}, {}, {}
+    for layer in LAYERS:
+        tensors, wanted[f"{layer}.weight"] = foreign_case(kind, base[f"{layer}.weight"])
+        trained |= {prefix + layer + key: t for key, t in tensors.items() if "init" not in key}
+        init |= {f"model.{layer}{key}": t for key, t in tensors.items() if "init" in key}
+    for name in ("blocks.0.att.time_maa_x", "blocks.1.ln2.weight", "ln_out.bias"):
+        wanted[name] = torch.randn_like(base[name])
+        trained[prefix + name] = wanted[name]
+    torch.save(trained, tmp_path / "foreign.pth")
+    torch.save(init, tmp_path / "init_pissa.pth")
+    more = {
+        "lora": ["--lora_alpha", "24", "--type", "lora"],
+        "pissa": ["--lora_init", tmp_path / "init_pissa.pth", "--type", "pissa"],
+    }
+    argv = ["--base_model", tmp_path / "base.pth", "--lora_checkpoint", tmp_path / "foreign.pth", "--output", tmp_path / "m.pth"]
+    run(*argv, *more.get(kind, []))
+    assert "from RWKV-PEFT, on an unknown base" in capsys.readouterr().out
+    merged = open_tensors(tmp_path / "m.pth")
+    assert list(merged) == list(base)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted.get(name, base[name]), rtol=1e-12, atol=1e-12, msg=name)
+    foreign = merging.Foreign(24.0 if kind == "lora" else None, tmp_path / "init_pissa.pth" if kind == "pissa" else "")
+    model = load_model(tmp_path / "base.pth")
+    load_adapter(model, tmp_path / "foreign.pth", foreign=foreign)  # the start of a training, too
+    merge(model)
+    assert all(torch.allclose(t, merged[name], rtol=1e-12, atol=1e-12) for name, t in model.state_dict().items())
+
+
+def refused_foreign(tmp_path, base, tensors, *more) -> str:
+    torch.save(tensors, tmp_path / "foreign.pth")
+    with pytest.raises(UserError) as caught:
+        run("--base_model", base, "--peft_checkpoint", tmp_path / "foreign.pth", "--output", tmp_path / "m.pth", *more)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "m.pth").exists()
+    return str(caught.value)
+
+
+def test_what_a_foreign_adapter_does_not_say_is_asked_for(base, tmp_path):
+    key = "blocks.0.att.key"
+    lora = {f"{key}.lora_A": torch.zeros(2, 24), f"{key}.lora_B": torch.zeros(16, 2)}
+    bone = {f"{key}.bone": torch.zeros(3, 8, 8)}
+    init = {f"model.{key}.init_lora_A": torch.zeros(2, 24), f"model.{key}.init_lora_B": torch.zeros(16, 2)}
+    torch.save(init, tmp_path / "init.pth")
+    torch.save({name.replace("key", "value"): t for name, t in init.items()}, tmp_path / "other.pth")
+
+    def refused(tensors, *more):
+        return refused_foreign(tmp_path, base, tensors, *more)
+
+    assert "does not say its alpha; give --lora_alpha" in refused(lora)
+    assert "--lora_alpha must be above 0, not 0.0" in refused(lora, "--lora_alpha", "0")
+    assert "holds lora, not --type bone" in refused(lora, "--type", "bone", "--lora_alpha", "4")
+    assert "holds bone, not --type lora" in refused(bone, "--type", "lora")
+    assert "bone has no alpha; leave --lora_alpha 16 out" in refused(bone, "--lora_alpha", "16")
+    assert "is no PiSSA, which --lora_init is for" in refused(bone, "--lora_init", tmp_path / "init.pth")
+    assert "--lora_init is another run's: 4 names differ" in refused(lora, "--lora_init", tmp_path / "other.pth")
+    assert "init.none: no such file" in refused(lora, "--lora_init", tmp_path / "init.none")
+    assert "holds tensors of bone and lora" in refused(bone | lora, "--lora_alpha", "4")
+    half = {f"{key}.lora_A": torch.zeros(2, 24)}
+    assert "lacks 1 of its tensors (blocks.0.att.key.lora_B)" in refused(half, "--lora_alpha", "4")
+    assert "blocks.0.att.key.bone is torch.float32 (4, 8, 8)" in refused({f"{key}.bone": torch.zeros(4, 8, 8)})
+    assert "blocks.0.att.key.bone is torch.float32 (3, 8, 4)" in refused({f"{key}.bone": torch.zeros(3, 8, 4)})
+    assert "1 tensors that this model has no place for (blocks.0.att.key.x)" in refused({f"{key}.x": torch.zeros(3)})
+    assert "no place for (blocks.2.att.key.bone)" in refused({"blocks.2.att.key.bone": torch.zeros(3, 8, 8)})
+
+
+def test_flags_must_not_contradict_an_adapter_of_ours(base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, "lora")  # alpha = r
+    argv = ["--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth"]
+    with pytest.raises(UserError, match="lora has alpha 5; leave --lora_alpha 16 out"):
+        run(*argv, "--lora_alpha", "16")
+    with pytest.raises(UserError, match="holds itself how it started; leave --lora_init out"):
+        run(*argv, "--lora_init", base)
+    run(*argv, "--lora_alpha", "5", "--type", "lora", "--quant", "none", "--device", "cpu")
+
+
+# ---------------------------------------------------------------- as a LoRA
+
+
+def updates(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    model = load_model(base, torch.float64)
+    weights = {name: layer.detach().clone() for name, layer in model.state_dict().items()}
+    load_adapter(model, adapter)
+    merge(model)
+    return {name: t - weights[name] for name, t in model.state_dict().items() if not t.equal(weights[name])}
+
+
+@pytest.mark.parametrize(("method", "rank"), [("miss", R), ("lora", R), ("rslora", R), ("pissa", 2 * R), ("olora", 2 * R)])
+def test_methods_that_are_loras_are_written_as_one_exactly(method, rank, base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, method)
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--as", "lora", "--output", tmp_path / "lora.pth")
+    wanted, ours = updates(base, tmp_path / "a.pth"), updates(base, tmp_path / "lora.pth")
+    assert wanted.keys() == ours.keys()
+    for name in wanted:
+        torch.testing.assert_close(ours[name], wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+    tensors, info = read_adapter(tmp_path / "lora.pth")
+    assert info["options"] == {"r": rank, "alpha": float(rank), "lora_dropout": 0.0}
+    A, B = (tensors[f"blocks.0.ffn.key.lora_{x}"].double() for x in "AB")
+    torch.testing.assert_close(B @ A, wanted["blocks.0.ffn.key.weight"], rtol=1e-5, atol=1e-6)  # as any program of LoRA has it
+    if method == "miss":
+        assert set(A.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("method", ["bone", "bone_col", "dora", "lora"])
+def test_any_method_is_cut_to_the_largest_directions_with_the_error_stated(method, base, tmp_path, capsys):
+    save_trained(tmp_path / "a.pth", base, method, parts=())
+    argv = ["--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--as", "lora", "--overwrite", "--output"]
+    run(*argv, tmp_path / "lora.pth", "--rank", "3")
+    stated = float(re.search(r" all +(\S+)%\n", capsys.readouterr().out)[1]) / 100
+    wanted, ours = updates(base, tmp_path / "a.pth"), updates(base, tmp_path / "lora.pth")
+    missing = sum((wanted[n] - ours[n]).square().sum() for n in wanted)
+    best = sum(torch.linalg.svdvals(t)[3:].square().sum() for t in wanted.values())
+    total = sum(t.square().sum() for t in wanted.values())
+    assert stated == pytest.approx((missing / total).sqrt().item(), abs=2e-5)
+    assert best.sqrt() * (1 - 1e-6) <= missing.sqrt() <= best.sqrt() * 1.01
+    run(*argv, tmp_path / "again.pth", "--rank", "3")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "lora.pth").read_bytes()
+    run(*argv, tmp_path / "full.pth", "--rank", "40")  # more than any projection has
+    assert all(torch.allclose(wanted[n], t, rtol=1e-4, atol=1e-5) for n, t in updates(base, tmp_path / "full.pth").items())
+
+
+def test_a_lora_made_of_an_adapter_takes_its_parts_along_and_merges(base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, "miss")
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--as", "lora", "--output", tmp_path / "lora.pth")
+    for name in ("a", "lora"):
+        run("--base_model", base, "--peft_checkpoint", tmp_path / f"{name}.pth", "--output", tmp_path / f"{name}_m.pth")
+    a, b = open_tensors(tmp_path / "a_m.pth"), open_tensors(tmp_path / "lora_m.pth")
+    assert all(torch.allclose(a[name].float(), b[name].float(), rtol=2**-7, atol=1e-6) for name in a)
+    assert a["blocks.0.att.time_decay"].equal(b["blocks.0.att.time_decay"])
+
+
+# ---------------------------------------------------------------- dtypes and formats
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_dtype_is_that_of_every_tensor_rounded_once_from_the_exact_one(flag, dtype, paths):
+    run(*arguments(paths, "--dtype", flag))
+    exact = load_model(paths["base"], torch.float64)
+    load_adapter(exact, paths["adapter"])
+    merge(exact)
+    merged = open_tensors(paths["out"])
+    for name, wanted in exact.state_dict().items():
+        assert merged[name].dtype == dtype
+        error = (merged[name].double() - wanted).abs()
+        assert (error <= wanted.abs() * max(torch.finfo(dtype).eps / 2, 1e-6) * 1.01 + 1e-6).all(), name
+
+
+def test_what_float16_cannot_hold_is_refused(make_model, tmp_path):
+    tensors = make_model(dtype=torch.float32).state_dict()
+    tensors["head.weight"][3, 4] = -1e5
+    save_tensors(tmp_path / "base.pth", tensors)
+    with pytest.raises(UserError, match=r"head\.weight reaches 1e\+05, beyond torch\.float16; use --dtype bf16 or fp32"):
+        run("--base_model", tmp_path / "base.pth", "--output", tmp_path / "m.pth", "--dtype", "fp16")
+    assert [p.name for p in tmp_path.iterdir()] == ["base.pth"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_that_diverged_is_refused(dtype, make_model, tmp_path):
+    save_tensors(tmp_path / "base.pth", make_model(dtype=dtype).state_dict())
+    model = save_trained(tmp_path / "a.pth", tmp_path / "base.pth")
+    tensors = adapter_tensors(model)
+    tensors["blocks.1.att.key.bone"][0, 0, 0] = float("nan")
+    save_adapter(tmp_path / "a.pth", tensors, read_adapter(tmp_path / "a.pth")[1])
+    with pytest.raises(UserError, match=r"a\.pth: blocks\.1\.att\.key\.weight holds NaN or infinity; the training diverged"):
+        run("--base_model", tmp_path / "base.pth", "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth")
+    assert not (tmp_path / "m.pth").exists()
+
+
+def web_rwkv_converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What cryscan/web-rwkv-converter makes of a .pth: bfloat16 alone, to float16, two renamings, four transpositions."""
+    converted = {}
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.bfloat16
+        name = name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
+        tensor = tensor.half()
+        if any(part in name for part in ("time_mix_w1", "time_mix_w2", "time_decay_w1", "time_decay_w2")):
+            tensor = tensor.movedim(-1, -2)
+        converted[name] = tensor
+    return converted
+
+
+def test_safetensors_are_what_web_rwkvs_converter_makes_of_the_merged_pth(paths, tmp_path):
+    from safetensors.torch import load_file, safe_open
+
+    run(*arguments(paths))
+    wanted = web_rwkv_converter(torch.load(paths["out"], weights_only=True))
+    run("--base_model", paths["out"], "--output", tmp_path / "m.st")
+    run("--base_model", paths["out"], "--output", tmp_path / "same.bin", "--format", "safetensors")
+    assert (tmp_path / "m.st").read_bytes() == (tmp_path / "same.bin").read_bytes()
+    ours = load_file(tmp_path / "m.st")
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert ours[name].dtype == torch.float16
+        assert ours[name].equal(tensor), name
+    with safe_open(tmp_path / "m.st", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    # merging straight into it rounds once, from float32 to float16, and is nearer to the exact weights
+    run("--base_model", paths["base"], "--peft_checkpoint", paths["adapter"], "--output", tmp_path / "direct.st", "--verify")
+    exact = load_model(paths["base"], torch.float64)
+    load_adapter(exact, paths["adapter"])
+    merge(exact)
+    key = "blocks.0.ffn.key.weight"
+    wanted = exact.state_dict()[key]
+    error, direct = ((load_file(tmp_path / name)[key].double() - wanted).norm() for name in ("m.st", "direct.st"))
+    assert direct < 0.3 * error
+
+
+def test_safetensors_and_back_is_the_same_model_in_the_order_that_rwkv_wants(make_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(dtype=torch.float16)
+    save_tensors(tmp_path / "m.pth", model.state_dict())
+    run("--base_model", tmp_path / "m.pth", "--output", tmp_path / "m.safetensors")
+    save_file(load_file(tmp_path / "m.safetensors"), tmp_path / "sorted.st")  # sorted by name: time_first before time_mix
+    run("--base_model", tmp_path / "sorted.st", "--output", tmp_path / "back.pth")
+    assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
+    save_trained(tmp_path / "a.pth", tmp_path / "m.pth")  # and a base for merging like any other
+    run("--base_model", tmp_path / "sorted.st", "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "merged.pth")
+
+
+# ---------------------------------------------------------------- what other programs demand of a merged .pth (formats.md, 1)
+
+
+def test_a_merged_file_meets_what_rwkv_web_rwkv_and_rwkv_cpp_demand(paths):
+    run(*arguments(paths))
+    tensors = torch.load(paths["out"], map_location="cpu", weights_only=True)
+    names = list(tensors)
+    assert all(isinstance(t, torch.Tensor) for t in tensors.values())  # rwkv: tensors only
+    layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks."))  # rwkv: of any key
+    assert layers == sum(f"blocks.{i}.ln1.weight" in names for i in range(layers + 1)) == 2  # rwkv.cpp: counts ln1
+    assert {"blocks.0.att.ln_x.weight", "blocks.0.att.gate.weight", "blocks.0.att.time_maa_x"} <= set(names)  # the version
+    assert min(i for i, n in enumerate(names) if "time_maa" in n) < min(i for i, n in enumerate(names) if "time_faaaa" in n)
+    assert not any("time_state" in name for name in names)  # would switch initial states on
+    assert len(names) == 28 * layers + 6  # rwkv.cpp writes every key that it finds
+    web_rwkv_converter(tensors)  # asserts bfloat16
+    for name, tensor in tensors.items():  # both converters take the bytes as they lie
+        assert tensor.is_contiguous() and tensor.storage_offset() == 0, name
+
+
+def rwkv_cpp_converter(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The parts of rwkv.cpp's convert_pytorch_to_ggml.py that can fail on a file, FP32."""
+    V, C = tensors["emb.weight"].shape
+    out = struct.pack("=iiiiii", 0x67676D66, 101, V, C, sum(name.endswith("ln1.weight") for name in tensors), 0)
+    for name, tensor in tensors.items():
+        tensor = tensor.float()
+        if ".time_" in name:
+            tensor = tensor.squeeze()
+        if ".time_faaaa" in name:
+            tensor = tensor.unsqueeze(-1)
+        if ".time_maa_w1" in name or ".time_decay_w" in name:
+            tensor = tensor.transpose(0, 1)
+        if ".time_maa_w2" in name:
+            tensor = tensor.permute(0, 2, 1)
+        out += struct.pack("=iii", tensor.dim(), len(name), 0) + name.encode() + tensor.numpy().tobytes()
+    return out
+
+
+def test_rwkv_cpps_conversion_of_an_unchanged_file_is_the_bases(base, tmp_path):
+    run("--base_model", base, "--output", tmp_path / "wide.pth", "--dtype", "fp32")
+    run("--base_model", tmp_path / "wide.pth", "--output", tmp_path / "same.pth", "--dtype", "bf16")
+    assert rwkv_cpp_converter(torch.load(tmp_path / "same.pth")) == rwkv_cpp_converter(torch.load(base))
+    assert open_tensors(tmp_path / "same.pth").keys() == open_tensors(base).keys()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_the_output_is_never_an_input_by_any_name(paths, tmp_path):
+    (tmp_path / "link.pth").symlink_to(paths["base"])
+    (tmp_path / "hard.pth").hardlink_to(paths["adapter"])
+    (tmp_path / "dangling.pth").symlink_to(tmp_path / "nothing.pth")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.exists()}
+    for out in (paths["base"], paths["adapter"], "link.pth", "hard.pth", "x/../base.pth", f"../{tmp_path.name}/base.pth"):
+        with pytest.raises(UserError, match=r"itself; give another name"):
+            run(*arguments({**paths, "out": tmp_path / out}, "--overwrite"))
+    with pytest.raises(UserError, match="is not a file"):
+        run(*arguments({**paths, "out": tmp_path}, "--overwrite"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.exists()} == before
+
+
+def test_an_existing_output_is_kept_unless_overwrite_is_given(paths):
+    paths["out"].write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"merged\.pth exists; give another name, or --overwrite"):
+        run(*arguments(paths))
+    assert paths["out"].read_bytes() == b"precious"
+    run(*arguments(paths, "--overwrite"))
+    open_model(paths["out"])
+
+
+def test_an_adapter_of_another_base_is_refused_unless_forced(paths, make_model, tmp_path):
+    save_tensors(tmp_path / "other.pth", make_model(seed=9, dtype=torch.bfloat16).state_dict())
+    with pytest.raises(UserError, match=r"adapter\.pth: was trained on another base \(base\.pth\)"):
+        run(*arguments({**paths, "base": tmp_path / "other.pth"}))
+    assert not paths["out"].exists()
+    run(*arguments({**paths, "base": tmp_path / "other.pth"}, "--force"))
+
+
+BAD = [
+    ([], "the following arguments are required: --base_model, --output"),
+    (["--base_model", "base.pth", "--output", "m.pth"], "nothing to do"),
+    (["--base_model", "none.pth", "--output", "m.pth", "--dtype", "fp32"], "none.pth: no such file"),
+    (["--base_model", "base.pth", "--peft_checkpoint", "none.pth", "--output", "m.pth"], "none.pth: no such file"),
+    (["--base_model", "adapter.pth", "--peft_checkpoint", "adapter.pth", "--output", "m.pth"], "an RWKV-6 model without emb.weight"),
+    (["--base_model", "base.pth", "--peft_checkpoint", "base.pth", "--output", "base.pth"], "itself"),
+    (["--base_model", "base.pth", "--peft_checkpoint", "--output", "m.pth"], "--peft_checkpoint"),
+    ([..., "--quant", "nf4"], "invalid choice: 'nf4'"),
+    ([..., "--dtype", "int8"], "invalid choice: 'int8'"),
+    ([..., "--device", "abacus"], "--device abacus: this torch has no such device"),
+    ([..., "--rank", "4"], "--rank is for --as lora"),
+    ([..., "--as", "lora", "--rank", "-1"], "--rank must be at least 1"),
+    ([..., "--as", "lora", "--dtype", "fp32"], "writes an adapter"),
+    ([..., "adapter.pth", "--as", "lora"], "unknown flag adapter.pth"),
+    ([..., "--outptu", "x"], "unknown flag --outptu; did you mean --output?"),
+    (["--base_model", "base.pth", "--peft_checkpoint", "a.pth", "b.pth", "--as", "lora", "--output", "m.pth"], "of one adapter"),
+    (["--base_model", "base.pth", "--as", "lora", "--output", "m.pth"], "and 0 are given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input_gives_one_line_and_touches_nothing(argv, message, paths, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    usual = ["--base_model", "base.pth", "--peft_checkpoint", "adapter.pth", "--output", "m.pth"]
+    argv = usual + argv[1:] if argv[:1] == [...] else argv
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        merging.main(argv)
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_the_command_ends_with_one_line_and_code_2(paths):
+    done = command(*arguments(paths, "--quant", "int8"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*--quant.*\n", done.stderr)
+
+
+def test_merging_needs_torch_and_no_engine_and_no_compiler(paths):
+    program = (
+        "import sys; from rwkv_bone import merging; merging.main(sys.argv[1:]);"
+        "print(sorted({'lightning', 'deepspeed', 'transformers', 'sympy', 'safetensors', 'numba'} & {*sys.modules}))"
+    )
+    environment = {**os.environ, "PATH": "/nonexistent", "XDG_CACHE_HOME": "/proc/nonexistent"}
+    argv = [sys.executable, "-c", program, *map(str, arguments(paths, "--verify"))]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
+# ---------------------------------------------------------------- full disks, kills, memory
+
+
+def test_a_full_disk_gives_one_line_code_2_and_leaves_nothing(paths, tmp_path):
+    argv = [sys.executable, "merge.py", *map(str, arguments(paths))]
+    limited = f"import os, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9_999, 9_999)); os.execv({argv[0]!r}, {argv!r})"
+    done = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {paths['out']}: cannot be written (File too large); nothing was changed\n"
+    assert not paths["out"].exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def large_model(path: Path) -> ModelConfig:
+    """400 MB of random bf16 weights, of the World vocabulary."""
+    sizes = ModelConfig(vocab_size=65536, n_layer=22, n_embd=640, dim_att=640, dim_ffn=2240, head_size=64)
+    layout = {name: (torch.bfloat16, shape) for name, shape in sizes.shapes().items()}
+    write_pth(path, layout, ((name, torch.empty(shape, dtype=dtype).normal_(0, 0.02)) for name, (dtype, shape) in layout.items()))
+    return sizes
+
+
+def large_adapter(path: Path, base: Path, sizes: ModelConfig) -> None:
+    tensors = {}
+    for name, shape in sizes.shapes().items():
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2:
+            tensors[name.removesuffix("weight") + "bone"] = 1e-3 * torch.randn(shape[1] // 64, 64, 64)
+    known = {"fingerprint": fingerprint(open_tensors(base))}
+    save_adapter(path, tensors, {"method": "bone", "options": {"r": 64}, "base": known})
+
+
+PEAK = """
+import sys, torch
+def peak():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+from rwkv_bone.merging import main
+main(sys.argv[1:])
+print(peak() - before)
+"""
+
+
+def stopped_half_way(argv, out: Path, by: signal.Signals) -> subprocess.Popen:
+    """merge.py, sent a signal when it has written 100 MB."""
+    command = [sys.executable, "merge.py", *map(str, argv)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not any(p.stat().st_size > 100e6 for p in out.parent.glob("*.tmp")):
+            assert process.poll() is None, "it was done before it could be stopped"
+            time.sleep(0.01)
+        process.send_signal(by)
+    return process
+
+
+@pytest.mark.slow
+def test_merging_400_mb_takes_less_than_250_mb_and_can_be_stopped_at_any_time(tmp_path):
+    base, adapter, out = tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "out" / "m.pth"
+    large_adapter(adapter, base, large_model(base))
+    assert 400e6 < base.stat().st_size < 450e6
+    argv = ["--base_model", base, "--peft_checkpoint", adapter, "--output", out]
+    for by, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        assert stopped_half_way(argv, out, by).returncode == code
+        assert list(out.parent.iterdir()) == []
+    process = stopped_half_way(argv, out, signal.SIGKILL)
+    assert [p.name for p in out.parent.iterdir()] == [f"m.pth.{process.pid}.tmp"]
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    assert float(done.stdout.splitlines()[-1]) < 250, done.stderr
+    assert open_model(out)[1].keys() == open_model(base)[1].keys()
