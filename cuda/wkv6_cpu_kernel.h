@@ -424,6 +424,16 @@ template <class F> struct Chunk {
         }
     }
 
+    void decay_queries() {
+        for (int64_t o = 0; o < nv * L * W; o += L * W) {
+            V d = all(F(1));
+            UNROLL for (int t = 0; t < L; t++) {
+                at(rt + o + t * W) = at(r + o + t * W) * d;
+                d *= at(w + o + t * W);
+            }
+        }
+    }
+
     void decay_all() {
         for (int64_t o = 0; o < nv * L * W; o += L * W) {
             V e[L], f[L];
@@ -629,7 +639,7 @@ template <class F> struct Heads {
                     forward_chunk(c, place(h, t, end), next, state, u);
                 }
             }
-        for (int64_t i = 0; i < n; i++) save_state(to + i * N * N, states + i * square);
+        if (to) for (int64_t i = 0; i < n; i++) save_state(to + i * N * N, states + i * square);
     }
 
     void forward_chunk(Chunk<F>& c, Place at, Place next, F* state, const F* u) const {
@@ -651,6 +661,49 @@ template <class F> struct Heads {
         });
         fetch(p.log_w, p.w_type, next);
         save(p.y, p.type, c.r, at);
+    }
+
+    // What the tokens add to a state of zeros, and (added to log_decay, np zeros) the logarithm of what they leave of one.
+    void added(int64_t t0, int64_t t1, F* to, F* log_decay) const {
+        int64_t size = Chunk<F>::floats(nv, false);
+        Buffer<F> memory(size + square);
+        Chunk<F> c(memory.p, N, nv, false);
+        F* state = memory.p + size;
+        memset(state, 0, square * sizeof(F));
+        for (int64_t t = t0; t < t1; t += L) {
+            load(c.k, p.k, p.type, place(h0, t, t1));
+            load(c.v, p.v, p.type, place(h0, t, t1));
+            load(c.w, p.log_w, p.w_type, place(h0, t, t1));
+            c.exponentials(log_decay);
+            c.decay_keys();
+            by_columns(nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
+                F* s = state + j * np * W;
+                update<n.value, true>(s, s, c.decay, c.kh, c.v + j * L * W, np);
+            });
+        }
+        save_state(to, state);
+    }
+
+    // The same for the gradient of the state, going back.
+    void added_gradient(int64_t t0, int64_t t1, F* to, F* log_decay) const {
+        int64_t size = Chunk<F>::floats(nv, true);
+        Buffer<F> memory(size + 2 * square);
+        Chunk<F> c(memory.p, N, nv, true);
+        F *gt = memory.p + size, *g = gt + square;
+        memset(gt, 0, square * sizeof(F));
+        for (int64_t t = t0 + (t1 - t0 - 1) / L * L; t >= t0; t -= L) {
+            load(c.r, p.r, p.type, place(h0, t, t1));
+            load(c.gy, p.gy, p.type, place(h0, t, t1));
+            load(c.w, p.log_w, p.w_type, place(h0, t, t1));
+            c.exponentials(log_decay);
+            c.decay_queries();
+            by_columns(nv, [&](int64_t i, auto n) __attribute__((always_inline)) {
+                F* s = gt + i * np * W;
+                update<n.value, false>(s, s, c.decay + i * W, c.gy, c.rt + i * L * W, np);
+            });
+        }
+        transpose(g, gt, nv);
+        save_state(to, g);
     }
 
     // The same tokens' gradients, from those of the states after them, `from` (null for zeros). Those of the states
@@ -689,7 +742,7 @@ template <class F> struct Heads {
                                    states + s * square, g, gts + i * square, us + i * np, gu + i * np);
                 }
             }
-        for (int64_t i = 0; i < n; i++) {
+        if (to) for (int64_t i = 0; i < n; i++) {
             transpose(g, gts + i * square, nv);
             save_state(to + i * N * N, g);
         }
@@ -744,37 +797,107 @@ template <class F> struct Heads {
     }
 };
 
-// How many tasks a batch row's heads are cut into: enough for all threads, and at most 8 heads a task.
-inline int64_t groups(const Problem& p, int threads) {
-    int64_t a = (p.H + 7) / 8, b = (threads + p.B - 1) / p.B;
-    return least(a > b ? a : b, p.H);
+// ---- tasks
+
+template <class F> INLINE const F* row(const void* p, int64_t i, int64_t size) {
+    return p ? static_cast<const F*>(p) + i * size : nullptr;
+}
+template <class F> INLINE F* row(void* p, int64_t i, int64_t size) { return static_cast<F*>(p) + i * size; }
+
+// How one call is cut into tasks: the heads of a batch row into `groups`; where there are fewer heads than threads,
+// the tokens into `segments` instead, of whole blocks.
+struct Cut {
+    const Problem& p;
+    int64_t groups, segments, blocks = (p.T + kCheckpoint - 1) / kCheckpoint;
+
+    Cut(const Problem& p, int threads) : p(p) {
+        int64_t few = (p.H + 7) / 8, enough = (threads + p.B - 1) / p.B;
+        groups = least(few > enough ? few : enough, p.H);
+        int64_t heads = p.B * p.H;
+        segments = heads < threads ? least((threads + heads - 1) / heads, blocks) : 1;
+    }
+    int64_t tasks() const { return p.B * groups; }
+    int64_t batch(int64_t task) const { return task / groups; }
+    int64_t head(int64_t task) const { return task % groups * p.H / groups; }
+    int64_t head_end(int64_t task) const { return (task % groups + 1) * p.H / groups; }
+    int64_t token(int64_t segment) const { return least(segment * blocks / segments * kCheckpoint, p.T); }
+};
+
+// The state at each segment's start (or, going back, its gradient at each segment's end): first what each segment adds
+// by itself, all at once, then one after the other. Segment 0 is the first one on the way.
+template <class F, class Added>
+void carry(F* states, const F* first, const Cut& cut, const Threads& threads, const Added& added) {
+    const Problem& p = cut.p;
+    int64_t n = cut.segments, heads = p.B * p.H, square = p.N * p.N, np = (p.N + Lanes<F>::W - 1) / Lanes<F>::W * Lanes<F>::W;
+    Buffer<F> decays(heads * n * np);
+    memset(decays.p, 0, heads * n * np * sizeof(F));
+    threads.each(heads * (n - 1), [&](int64_t i) {
+        int64_t head = i / (n - 1), segment = i % (n - 1), at = head * n + segment;
+        added(head, segment, states + (at + 1) * square, decays.p + at * np);
+    });
+    threads.each(heads, [&](int64_t head) {
+        F* state = states + head * n * square;
+        if (first) memcpy(state, first + head * square, square * sizeof(F));
+        else memset(state, 0, square * sizeof(F));
+        for (int64_t segment = 0; segment + 1 < n; segment++, state += square)
+            for (int64_t i = 0; i < p.N; i++) {
+                F decay = ::exp(decays.p[(head * n + segment) * np + i]);
+                for (int64_t j = i * p.N; j < (i + 1) * p.N; j++) state[square + j] += decay * state[j];
+            }
+    });
 }
 
 template <class F> void forward_as(const Problem& p, const Threads& threads) {
-    int64_t square = p.N * p.N, cut = groups(p, threads.count);
-    threads.each(p.B * cut, [&](int64_t task) {
-        int64_t b = task / cut, h0 = task % cut * p.H / cut, h1 = (task % cut + 1) * p.H / cut, at = b * p.H + h0;
-        const F* state = static_cast<const F*>(p.state);
-        Heads<F>(p, b, h0, h1).forward(0, p.T, state ? state + at * square : nullptr,
-                                       static_cast<F*>(p.final_state) + at * square);
+    Cut cut(p, threads.count);
+    int64_t square = p.N * p.N, n = cut.segments;
+    if (n == 1)
+        return threads.each(cut.tasks(), [&](int64_t task) {
+            int64_t b = cut.batch(task), h = cut.head(task), at = b * p.H + h;
+            Heads<F>(p, b, h, cut.head_end(task))
+                .forward(0, p.T, row<F>(p.state, at, square), row<F>(p.final_state, at, square));
+        });
+    Buffer<F> starts(p.B * p.H * n * square);
+    carry(starts.p, row<F>(p.state, 0, 0), cut, threads, [&](int64_t head, int64_t segment, F* to, F* log_decay) {
+        Heads<F>(p, head / p.H, head % p.H, head % p.H + 1)
+            .added(cut.token(segment), cut.token(segment + 1), to, log_decay);
+    });
+    threads.each(p.B * p.H * n, [&](int64_t i) {
+        int64_t head = i / n, segment = i % n;
+        F* end = segment == n - 1 ? row<F>(p.final_state, head, square) : nullptr;
+        Heads<F>(p, head / p.H, head % p.H, head % p.H + 1)
+            .forward(cut.token(segment), cut.token(segment + 1), starts.p + i * square, end);
     });
 }
 
 template <class F> void backward_as(const Problem& p, const Threads& threads) {
+    Cut cut(p, threads.count);
     constexpr int W = Lanes<F>::W;
-    int64_t np = (p.N + W - 1) / W * W, square = p.N * p.N, cut = groups(p, threads.count);
-    Buffer<F> gu(p.B * p.H * np);
-    memset(gu.p, 0, p.B * p.H * np * sizeof(F));
-    threads.each(p.B * cut, [&](int64_t task) {
-        int64_t b = task / cut, h0 = task % cut * p.H / cut, h1 = (task % cut + 1) * p.H / cut, at = b * p.H + h0;
-        const F* gfinal = static_cast<const F*>(p.gfinal);
-        Heads<F>(p, b, h0, h1).backward(0, p.T, gfinal ? gfinal + at * square : nullptr,
-                                        static_cast<F*>(p.gstate) + at * square, gu.p + at * np);
-    });
+    int64_t np = (p.N + W - 1) / W * W, square = p.N * p.N, n = cut.segments, heads = p.B * p.H;
+    Buffer<F> gu(heads * n * np);
+    memset(gu.p, 0, heads * n * np * sizeof(F));
+    if (n == 1) {
+        threads.each(cut.tasks(), [&](int64_t task) {
+            int64_t b = cut.batch(task), h = cut.head(task), at = b * p.H + h;
+            Heads<F>(p, b, h, cut.head_end(task))
+                .backward(0, p.T, row<F>(p.gfinal, at, square), row<F>(p.gstate, at, square), gu.p + at * np);
+        });
+    } else {
+        Buffer<F> ends(heads * n * square);
+        carry(ends.p, row<F>(p.gfinal, 0, 0), cut, threads, [&](int64_t head, int64_t segment, F* to, F* log_decay) {
+            Heads<F>(p, head / p.H, head % p.H, head % p.H + 1)
+                .added_gradient(cut.token(n - 1 - segment), cut.token(n - segment), to, log_decay);
+        });
+        threads.each(heads * n, [&](int64_t i) {
+            int64_t head = i / n, segment = n - 1 - i % n;
+            F* start = segment == 0 ? row<F>(p.gstate, head, square) : nullptr;
+            Heads<F>(p, head / p.H, head % p.H, head % p.H + 1)
+                .backward(cut.token(segment), cut.token(segment + 1), ends.p + i * square, start, gu.p + i * np);
+        });
+    }
     F* out = static_cast<F*>(p.gu);
     memset(out, 0, p.H * p.N * sizeof(F));
-    for (int64_t bh = 0; bh < p.B * p.H; bh++)
-        for (int64_t i = 0; i < p.N; i++) out[bh % p.H * p.N + i] += gu.p[bh * np + i];
+    for (int64_t at = 0; at < heads * n; at++)
+        for (int64_t i = 0; i < p.N; i++) out[at / n % p.H * p.N + i] += gu.p[at * np + i];
 }
 
 }  // namespace
