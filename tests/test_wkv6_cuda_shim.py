@@ -4,9 +4,18 @@ import ctypes
 
 import pytest
 import torch
-from cuda_shim import CUDA, DECAYS, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan, make_log_w, pointer
-
-from rwkv_bone.ops.wkv6 import wkv6_reference
+from cuda_shim import (
+    CUDA,
+    DECAYS,
+    assert_guards_intact,
+    compile_for_cpu,
+    error,
+    guarded,
+    guarded_nan,
+    make_inputs,
+    pointer,
+    reference,
+)
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CODES = {FP32: 0, BF16: 1}
@@ -61,23 +70,6 @@ class Sequential:
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     return Sequential(compile_for_cpu(CUDA / "wkv6_sequential.cu", tmp_path_factory.mktemp("sequential")))
-
-
-def make_inputs(B, T, H, N, decay="normal", dtype=FP32, w_dtype=None, state=True, seed=0):
-    torch.manual_seed(seed)
-    r, k, v, gy = (torch.randn(B, T, H, N).to(dtype) for _ in range(4))
-    log_w = make_log_w(decay, (B, T, H, N)).to(w_dtype or dtype)
-    u, s, g_final = torch.randn(H, N), torch.randn(B, H, N, N), torch.randn(B, H, N, N)
-    return (r, k, v, log_w, u, s if state else None), gy, g_final if state else None
-
-
-def reference(inputs, gy, g_final):
-    names = ["r", "k", "v", "log_w", "u", "state"]
-    leaves = {name: x.double().requires_grad_() for name, x in zip(names, inputs) if x is not None}
-    y, final_state = wkv6_reference(*leaves.values())
-    loss = (y * gy).sum() + (final_state * (0 if g_final is None else g_final)).sum()
-    grads = torch.autograd.grad(loss, leaves.values())
-    return {"y": y.detach(), "final_state": final_state.detach(), **{f"g_{n}": g for n, g in zip(leaves, grads)}}
 
 
 def assert_equals_reference(kernel, inputs, gy, g_final, gates=GATES):
