@@ -1,8 +1,7 @@
 """From a model with its adapters, data and a configuration to a finished run: what is said before, the engine, resuming."""
 
-import contextlib
 import logging
-import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -110,17 +109,19 @@ def prepare_folder(config: TrainConfig) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--proj_dir {folder}: cannot be written ({error.strerror})") from None
-    if config.resume or config.overwrite:
+    saved, results = resume.steps_saved(folder), sorted(folder.glob("rwkv-*.pth"))
+    if config.overwrite or (config.resume and (saved or not results)):
         return
-    old = [*sorted(folder.glob("rwkv-*.pth")), *resume.folder(folder).glob("step-*.ckpt")]
-    if old:
-        raise UserError(f"{folder} holds a run ({old[0].name}): --resume auto goes on with it, --overwrite replaces it")
+    if saved:
+        raise UserError(f"{folder} holds a run ({saved[0]} steps): --resume auto goes on with it, --overwrite replaces it")
+    if results:
+        raise UserError(f"{folder} holds {results[0].name} and no checkpoint to go on from: --overwrite replaces it")
 
 
-def fit(model: RWKV, data, config: TrainConfig) -> bool:
+def fit(model: RWKV, data, config: TrainConfig) -> int:
     """Train what of `model` requires a gradient on `data`, and leave the files that records.py names in proj_dir.
 
-    Returns whether the run came to its end (and was not stopped by a signal).
+    Returns the exit code: 0 at the run's end, 128 + the signal's number where one stopped it.
     """
     import lightning as L
     from lightning.pytorch.loggers import CSVLogger
@@ -149,54 +150,81 @@ def fit(model: RWKV, data, config: TrainConfig) -> bool:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    world = trainer.world_size
-    geometry = {"devices": world, "samples": data.samples, **{name: getattr(config, name) for name in GEOMETRY}}
     module = FineTune(model, data, config)
-    records.geometry = geometry
-    if trainer.is_global_zero:
+    records.geometry = geometry(model, data, config, trainer.world_size)
+    first = trainer.is_global_zero
+    if first:
         prepare_folder(config)
-        print(describe(model, data, config, world), flush=True)
+        print(describe(model, data, config, trainer.world_size), flush=True)
     if config.dry_run:
-        return True
-    state = resume.newest_state(config.proj_dir) if config.resume else None
-    if state is not None:
-        go_on(module, state, geometry, config)
-        if trainer.is_global_zero:
-            print(f"resuming   after step {module.step}", flush=True)
-        if module.step >= data.steps_per_epoch(world) * config.epoch_count:
-            print("resuming   nothing to do: the run is complete", flush=True)
-            return True
-    elif trainer.is_global_zero:
-        start_anew(config)
+        return 0
+    if config.resume:
+        go_on(module, trainer.global_rank, records.geometry)
+    if first:
+        begin(module, records)
+    if module.step >= data.steps_per_epoch(trainer.world_size) * config.epoch_count:
+        return 0
     model.train()
-    trainer.fit(module)
-    return not records.interrupted
+    try:
+        trainer.fit(module)
+    except RuntimeError as error:
+        if not lost_device(error):
+            raise
+        what = f"after step {module.step} another device's process ended or cannot be reached"
+        raise UserError(f"{what}; --resume auto goes on from what was saved") from error
+    except OSError as error:  # a log that cannot be written
+        raise UserError(f"{config.proj_dir}: cannot be written ({error.strerror or error}); --resume auto goes on") from error
+    if not records.interrupted or not first:  # a launcher takes another device's code for a crash
+        return 0
+    return 128 + (module.stop_requested or signal.SIGTERM)
+
+
+def lost_device(error: RuntimeError) -> bool:
+    """Whether torch.distributed says that it cannot reach a device: gloo by its text, NCCL by its type."""
+    import torch.distributed as dist
+
+    return isinstance(error, getattr(dist, "DistError", ())) or "gloo/transport" in str(error)
 
 
 # what decides which samples a step holds: a run can only go on with the same
 GEOMETRY = ("micro_bsz", "accumulate_grad_batches", "ctx_len", "dataload", "data_shuffle", "random_seed", "epoch_steps")
 
 
-def go_on(module, state: dict, geometry: dict, config: TrainConfig) -> None:
-    """Put a checkpoint's state into the run, and cut the loss log to where it stood."""
-    for name, value in state["geometry"].items():
-        if geometry[name] != value:
-            raise UserError(f"--resume: the run was begun with {name} {value}, not {geometry[name]}; give what it began with")
-    resume.restore_trained(module.model, state["trained"])
-    module.step = state["step"]
-    module.restored = state
-    with contextlib.suppress(FileNotFoundError):
-        os.truncate(Path(config.proj_dir) / "loss_data.jsonl", state["log_bytes"])
+def geometry(model: RWKV, data, config: TrainConfig, world: int) -> dict:
+    sharded = config.strategy if config.strategy.startswith("deepspeed") else "auto"
+    of_data = {"samples": data.samples, "tokens": data.documents.total_tokens}
+    flags = {name: getattr(config, name) for name in GEOMETRY}
+    return {"devices": world, "strategy": sharded, "base": getattr(model, "fingerprint", "new"), **of_data, **flags}
 
 
-def start_anew(config: TrainConfig) -> None:
-    """Remove what an older run of this folder left (--overwrite), so that logs and checkpoints are of one run."""
-    folder = Path(config.proj_dir)
-    for path in (*folder.glob("rwkv-*.*"), *resume.folder(folder).glob("step-*.ckpt")):
-        path.unlink()
-    for name in ("loss_data.jsonl", "train_log.txt"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "config.json").write_text(config.to_json())
+def go_on(module, rank: int, now: dict) -> None:
+    """Put the newest checkpoint's state into the run, if there is one."""
+    module.restored = resume.newest(module.config.proj_dir, rank)
+    if module.restored is None:
+        return
+    run, _ = module.restored
+    for name, value in run["geometry"].items():
+        if now[name] != value:
+            raise UserError(f"--resume: the run was begun with {name} {value}, not {now[name]}; give what it began with")
+    resume.restore_trained(module.model, run["trained"])
+    module.step, module.seed = run["step"], run["seed"]
+
+
+def begin(module, records) -> None:
+    """Leave in proj_dir what belongs to the run up to here, and nothing else."""
+    config, step, folder = module.config, module.step, Path(module.config.proj_dir)
+    resume.clear(folder, step)
+    if step == 0:
+        for path in (*folder.glob("rwkv-*.*"), *(folder / name for name in ("loss_data.jsonl", "train_log.txt"))):
+            path.unlink(missing_ok=True)
+        (folder / "config.json").write_text(config.to_json())
+        return
+    print(f"resuming   after step {step}", flush=True)
+    per_epoch = module.data.steps_per_epoch(records.geometry["devices"])
+    if step == per_epoch * config.epoch_count:
+        print("resuming   nothing to do: the run is complete", flush=True)
+    if step % per_epoch == 0:  # stopped between the checkpoint and the result?
+        records.complete_epoch(module.model, config.epoch_begin + step // per_epoch - 1, step)
 
 
 def device_count(config: TrainConfig) -> int:

@@ -1,5 +1,6 @@
 """From the data room's batches to optimiser steps: which micro batches a step takes, from any step on."""
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import TrainConfig
@@ -45,11 +46,9 @@ class TrainingData:
         documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
         return cls(documents, config)
 
-    def batches(self, rank: int = 0, world: int = 1) -> Batches:
+    def batches(self, rank: int = 0, world: int = 1, seed: int = 0) -> Batches:
         c = self.config
-        return Batches(
-            self.documents, c.dataload, c.ctx_len, c.micro_bsz, rank, world, max(c.random_seed, 0), c.data_shuffle
-        )
+        return Batches(self.documents, c.dataload, c.ctx_len, c.micro_bsz, rank, world, seed, c.data_shuffle)
 
     def steps_per_epoch(self, world: int) -> int:
         """Optimiser steps that an epoch takes on `world` devices."""
@@ -58,12 +57,12 @@ class TrainingData:
         steps = -(-micro_batches // self.config.accumulate_grad_batches)
         return min(steps, self.config.epoch_steps or steps)
 
-    def loader(self, rank: int, world: int, first: int, last: int) -> DataLoader:
+    def loader(self, rank: int, world: int, seed: int, first: int, last: int) -> DataLoader:
         """Steps `first` to `last` - 1 of the run."""
-        steps = Steps(
-            self.batches(rank, world), first, last, self.steps_per_epoch(world), self.config.accumulate_grad_batches
-        )
-        return DataLoader(steps, batch_size=None, num_workers=0)
+        batches = self.batches(rank, world, seed)
+        steps = Steps(batches, first, last, self.steps_per_epoch(world), self.config.accumulate_grad_batches)
+        # a generator of its own: else beginning to iterate takes a number from those of dropout
+        return DataLoader(steps, batch_size=None, num_workers=0, generator=torch.Generator())
 
     def tokens_in_micro_batch(self) -> int:
         """The most that one holds, padding counted."""

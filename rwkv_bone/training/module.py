@@ -5,11 +5,11 @@ equally many trained tokens. Here a "batch" is all micro batches of a step, and 
 over micro batches and devices.
 """
 
-import contextlib
 import math
+import secrets
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV
+from .engines import Engine
 from .infctx import backward_in_chunks
 from .loss import cross_entropy_sum
 from .optimiser import make_optimiser
@@ -49,23 +50,30 @@ class FineTune(L.LightningModule):
         self.config = config
         self.step = 0  # optimiser steps done
         self.record: StepRecord | None = None
-        self.stop_requested = False  # on this device; agreed with the others at the end of each step
+        self.seed = config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31)  # the first device's counts
+        self.stop_requested = 0  # signal number, on this device; agreed with the others at the end of each step
         self.save_requested = False
         self.stopping = self.saving = False  # agreed
-        self.restored: dict | None = None  # the checkpoint of a run that goes on
+        self.restored: tuple[dict[str, Any], dict[str, Any]] | None = None  # the checkpoint of a run that goes on
 
     @property
     def total_steps(self) -> int:
         return self.data.steps_per_epoch(self.trainer.world_size) * self.config.epoch_count
 
+    def setup(self, stage: str) -> None:
+        """Agree on where the run begins."""
+        step, self.seed = self.trainer.strategy.broadcast((self.step, self.seed))
+        if step != self.step:
+            raise UserError(f"--resume: device {self.trainer.global_rank} finds step {self.step} in --proj_dir, the first device "
+                            f"step {step}; all machines must see the same folder")  # fmt: skip
+        self.engine = Engine(self)
+
     def train_dataloader(self) -> DataLoader:
-        return self.data.loader(self.trainer.global_rank, self.trainer.world_size, self.step, self.total_steps)
+        trainer = self.trainer
+        return self.data.loader(trainer.global_rank, trainer.world_size, self.seed, self.step, self.total_steps)
 
     def configure_optimizers(self):
-        optimiser = make_optimiser(self.model, self.config)
-        if self.restored is not None:
-            optimiser.load_state_dict(self.restored["optimiser"])
-        return optimiser
+        return make_optimiser(self.model, self.config)
 
     def on_train_start(self) -> None:
         self.step_began = time.perf_counter()
@@ -100,24 +108,19 @@ class FineTune(L.LightningModule):
         for i, micro in enumerate(micro_batches):
 
             def backward(loss: Tensor, last: bool, last_micro: bool = i == len(micro_batches) - 1) -> None:
-                # devices average their gradients, once a step: times their number gives the sum
-                wait = world > 1 and not (last and last_micro)
-                with self.trainer.strategy.block_backward_sync() if wait else contextlib.nullcontext():
-                    self.manual_backward(loss * (world / max(trained, 1)))
+                # devices average their gradients: times their number gives the sum
+                self.engine.backward(loss * (world / max(trained, 1)), last and last_micro)
 
             loss_sum += self.backward_micro(micro, backward)
-        loss_sum, stop, save = self.over_devices([loss_sum, float(self.stop_requested), float(self.save_requested)])
+        loss_sum, stop, save = self.over_devices([loss_sum, self.stop_requested, self.save_requested])
         self.stopping, self.saving, self.save_requested = stop > 0, save > 0, False
         loss_mean = loss_sum / max(trained, 1)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
-        if not math.isfinite(loss_mean + grad_norm):
+        grad_norm = self.engine.step(config.grad_clip) if math.isfinite(loss_mean) else math.nan
+        if not math.isfinite(grad_norm):
             raise UserError(
                 f"step {self.step + 1}: loss {loss_mean}, gradient norm {grad_norm}, at learning rate {lr:.3g}; "
                 f"what was saved before is good: lower --lr_init or --grad_clip and go on with --resume auto"
             )
-        optimiser.step()
-        optimiser.zero_grad()
         self.step += 1
         now = time.perf_counter()
         epoch = config.epoch_begin + (self.step - 1) // self.data.steps_per_epoch(world)

@@ -15,15 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.distributed
+import torch
+from torch import Tensor
 
-from ..checkpoint import save_adapter, save_tensors
+from ..checkpoint import save_adapter, save_tensors, sidecar
 from ..config import TrainConfig
 from ..models.x060 import RWKV
 from ..peft import adapter_tensors
 from . import resume
 from .module import FineTune, StepRecord
 from .progress import Progress
+
+LOGS = ("loss_data.jsonl", "train_log.txt")
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a SLURM job asks to be sent before its time is up
+
+
+def result_due(config: TrainConfig, epoch: int) -> bool:
+    """Whether rwkv-N.pth is written after that epoch."""
+    done = epoch - config.epoch_begin + 1
+    return done % config.epoch_save == 0 or done == config.epoch_count
 
 
 def adapter_info(model: RWKV, config: TrainConfig, step: int) -> dict[str, Any]:
@@ -42,12 +52,12 @@ def adapter_info(model: RWKV, config: TrainConfig, step: int) -> dict[str, Any]:
     }
 
 
-def save_result(path: Path, model: RWKV, config: TrainConfig, step: int) -> None:
+def save_result(path: Path, trained: dict[str, Tensor], model: RWKV, config: TrainConfig, step: int) -> None:
     """The adapter with its sidecar, or with --peft none the whole model."""
     if config.peft == "none":
-        save_tensors(path, model.state_dict())
+        save_tensors(path, trained)
     else:
-        save_adapter(path, adapter_tensors(model), adapter_info(model, config, step))
+        save_adapter(path, trained, adapter_info(model, config, step))
 
 
 class Records(L.Callback):
@@ -62,22 +72,37 @@ class Records(L.Callback):
     # -------------------------------------------------- start and end
 
     def on_train_start(self, trainer: L.Trainer, module: FineTune) -> None:
-        self.handlers = {s: signal.signal(s, self.ask_to_stop(module)) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.epoch_began = time.time()
-        if module.restored is not None:
-            self.epoch_loss, self.epoch_trained = module.restored["epoch_sums"]
-            resume.set_random_state(module.restored["random"][trainer.global_rank])
-            module.restored = None
         self.rank_zero = trainer.is_global_zero
+        self.epoch_began = time.time()
         if self.rank_zero:
-            self.progress = Progress(module.step, module.total_steps)
-            self.log = (self.dir / "loss_data.jsonl").open("a")
+            self.open_logs(trainer, module)
+        if module.restored is not None:
+            run, own = module.restored
+            self.epoch_loss, self.epoch_trained = run["epoch_sums"]
+            module.engine.load_optimiser_state((own if module.engine.sharded else run["own"])["optimiser"])
+            resume.set_random_state(own["random"])
+            module.restored = None
+        elif trainer.global_rank:  # each device drops other units
+            torch.manual_seed(module.seed + trainer.global_rank)
+        self.handlers = {s: signal.signal(s, self.ask_to_stop(module)) for s in STOP}
+
+    def open_logs(self, trainer: L.Trainer, module: FineTune) -> None:
+        """Cut the logs to where a restored run stood; Lightning's, which begins a new file each time, gets all rows before."""
+        self.logs = {}
+        for name in LOGS:
+            path = self.dir / name
+            if module.restored is not None and path.exists():
+                os.truncate(path, min(path.stat().st_size, module.restored[0]["log_bytes"][name]))
+            self.logs[name] = path.open("a")
+        for line in (self.dir / "loss_data.jsonl").read_text().splitlines():
+            self.to_loggers(trainer, json.loads(line))
+        self.progress = Progress(module.step, module.total_steps)
 
     def ask_to_stop(self, module: FineTune):
         def handler(number, frame):
             if module.stop_requested:  # asked twice: at once
                 raise KeyboardInterrupt
-            module.stop_requested = True
+            module.stop_requested = number
             print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
 
         return handler
@@ -87,7 +112,8 @@ class Records(L.Callback):
             signal.signal(number, handler)
         if hasattr(self, "progress"):
             self.progress.close()
-            self.log.close()
+            for log in self.logs.values():
+                log.close()
 
     # -------------------------------------------------- each step
 
@@ -96,73 +122,81 @@ class Records(L.Callback):
         self.epoch_loss += record.loss * record.trained
         self.epoch_trained += record.trained
         if self.rank_zero:
-            self.write_line(record)
-            trainer.logger.log_metrics(
-                {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm, "tokens": record.tokens}, record.step
-            )
+            line = record._asdict()
+            line["t_cost"] = line.pop("seconds")
+            line["kt_s"] = record.tokens / record.seconds / 1000
+            self.write("loss_data.jsonl", json.dumps(line))
+            self.to_loggers(trainer, line)
             self.progress.update(record)
-        steps = module.data.steps_per_epoch(trainer.world_size)
-        epoch_ended = record.step % steps == 0
+        epoch_ended = record.step % module.data.steps_per_epoch(trainer.world_size) == 0
         finished = record.step == module.total_steps
         if epoch_ended:
-            self.end_epoch(trainer, module, finished)
+            self.end_epoch(record)
         due = config.save_every_steps and record.step % config.save_every_steps == 0
         if epoch_ended or due or module.saving or module.stopping:
             self.save_step(trainer, module)
         if config.save_every_minutes and time.monotonic() - self.saved_at > 60 * config.save_every_minutes:
             module.save_requested = self.rank_zero
+        # after the checkpoint: where there is a result, there is what --resume needs to know that it is one
+        if epoch_ended and result_due(config, record.epoch):
+            self.save_result(module, f"rwkv-{record.epoch}.pth")
         if module.stopping and not finished:
             self.interrupted = True
+            path = self.save_result(module, "rwkv-interrupted.pth")
             if self.rank_zero:
-                path = self.dir / "rwkv-interrupted.pth"
-                save_result(path, module.model, config, module.step)
                 print(f"stopped after step {module.step}; saved {path}; --resume auto goes on from here", flush=True)
             trainer.should_stop = True
+        if finished or self.interrupted:
+            trainer.strategy.barrier()  # a launcher that sees one device end may end the others, and the first still writes
 
-    def write_line(self, record: StepRecord) -> None:
-        line = {
-            "step": record.step,
-            "epoch": record.epoch,
-            "loss": record.loss,
-            "lr": record.lr,
-            "t_cost": record.seconds,
-            "kt_s": record.tokens / record.seconds / 1000,
-            "tokens": record.tokens,
-            "trained": record.trained,
-        }
-        self.log.write(json.dumps(line) + "\n")
-        self.log.flush()
+    def write(self, name: str, line: str) -> None:
+        self.logs[name].write(line + "\n")
+        self.logs[name].flush()
 
-    def end_epoch(self, trainer: L.Trainer, module: FineTune, finished: bool) -> None:
-        record, config = module.record, self.config
+    def to_loggers(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens")}, line["step"])
+
+    def end_epoch(self, record: StepRecord) -> None:
         loss = self.epoch_loss / max(self.epoch_trained, 1)
         self.epoch_loss = self.epoch_trained = 0.0
-        done = record.epoch - config.epoch_begin + 1
         if self.rank_zero:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             took = time.time() - self.epoch_began
-            with open(self.dir / "train_log.txt", "a") as file:
-                file.write(f"{record.epoch} {loss:.6f} {math.exp(min(loss, 700)):.4f} {record.lr:.8f} {now} {took:.1f}s\n")
-            if done % config.epoch_save == 0 or finished:
-                save_result(self.dir / f"rwkv-{record.epoch}.pth", module.model, config, module.step)
+            perplexity = math.exp(min(loss, 700))
+            self.write("train_log.txt", f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {took:.1f}s")
         self.epoch_began = time.time()
 
     def save_step(self, trainer: L.Trainer, module: FineTune) -> None:
-        random = [resume.random_state()]
-        if trainer.world_size > 1:
-            random = [None] * trainer.world_size
-            torch.distributed.all_gather_object(random, resume.random_state())
+        engine, rank = module.engine, trainer.global_rank
+        trained = engine.trained()
+        own = {"random": resume.random_state()}
+        if engine.sharded or self.rank_zero:
+            own["optimiser"] = engine.optimiser_state()
+        run = {}
+        if self.rank_zero:
+            for log in self.logs.values():
+                os.fsync(log.fileno())
+            run = {
+                "step": module.step,
+                "geometry": self.geometry,
+                "trained": trained,
+                "log_bytes": {name: log.tell() for name, log in self.logs.items()},
+                "epoch_sums": [self.epoch_loss, self.epoch_trained],
+                "seed": module.seed,
+            }
+        resume.save(self.dir, module.step, run, own, rank, trainer.strategy.barrier, self.config.keep_last)
         self.saved_at = time.monotonic()
-        if not self.rank_zero:
-            return
-        os.fsync(self.log.fileno())
-        state = {
-            "step": module.step,
-            "geometry": self.geometry,
-            "trained": adapter_tensors(module.model),
-            "optimiser": module.optimizers().optimizer.state_dict(),
-            "random": random,
-            "log_bytes": self.log.tell(),
-            "epoch_sums": [self.epoch_loss, self.epoch_trained],
-        }
-        resume.save_step(self.dir, state, self.config.keep_last)
+
+    def complete_epoch(self, model: RWKV, epoch: int, step: int) -> None:
+        """Write the result of an epoch that was stopped between its checkpoint and its result."""
+        path = self.dir / f"rwkv-{epoch}.pth"
+        whole = path.exists() and (sidecar(path).exists() or self.config.peft == "none")
+        if result_due(self.config, epoch) and not whole:
+            save_result(path, adapter_tensors(model), model, self.config, step)
+
+    def save_result(self, module: FineTune, name: str) -> Path:
+        trained = module.engine.trained()
+        if self.rank_zero:
+            save_result(self.dir / name, trained, module.model, self.config, module.step)
+        return self.dir / name

@@ -1,18 +1,22 @@
 """Step checkpoints: all that a run needs to go on as if it had never stopped, and no more.
 
-`proj_dir/checkpoints/step-00000123.ckpt` holds what trains, the optimiser, the random numbers of every device and the length of
-the loss log. Where in the data a run stands follows from the step. Checkpoints appear under their name when they are whole.
+    checkpoints/step-00000123.ckpt          the run: what trains, lengths of the logs, ...; and what is the first device's own
+    checkpoints/step-00000123.rank-1.ckpt   what is the second's: random numbers, its part of a shared-out optimiser; and so on
+
+Where in the data a run stands follows from the step. A file appears under its name when it is whole, and the first device's
+comes last: a checkpoint that has it has all. It goes first when the checkpoint is dropped.
 """
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import load_state, save_state
+from ..checkpoint import check_sums, load_state, save_state
 from ..errors import UserError
 from ..peft import adapter_tensors
 
@@ -21,29 +25,61 @@ def folder(proj_dir: str | Path) -> Path:
     return Path(proj_dir) / "checkpoints"
 
 
-def steps_saved(proj_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints, the newest first."""
-    found = [(m, path) for path in folder(proj_dir).glob("step-*.ckpt") if (m := re.fullmatch(r"step-(\d+)\.ckpt", path.name))]
-    return sorted(((int(m[1]), path) for m, path in found), reverse=True)
+def path_of(proj_dir: str | Path, step: int, rank: int = 0) -> Path:
+    return folder(proj_dir) / (f"step-{step:08d}.rank-{rank}.ckpt" if rank else f"step-{step:08d}.ckpt")
 
 
-def newest_state(proj_dir: str | Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole; a damaged one is passed over with a warning. None if there is none."""
-    for _, path in steps_saved(proj_dir):
+def steps_saved(proj_dir: str | Path) -> list[int]:
+    """Steps of which there is a checkpoint, the newest first."""
+    names = [re.fullmatch(r"step-(\d+)\.ckpt", path.name) for path in folder(proj_dir).glob("step-*.ckpt")]
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def newest(proj_dir: str | Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The newest checkpoint that is whole on every device: the run's state and that of device `rank`. None if there is none.
+
+    A damaged one is passed over with a warning. If all are damaged, that is an error.
+    """
+    steps = steps_saved(proj_dir)
+    for step in steps:
         try:
-            return load_state(path)
+            run = load_state(path_of(proj_dir, step))
+            for other in range(1, run["geometry"]["devices"]):
+                check_sums(path_of(proj_dir, step, other))
+            has_own = 0 < rank < run["geometry"]["devices"]
+            return run, load_state(path_of(proj_dir, step, rank)) if has_own else run["own"]
         except UserError as error:
-            print(f"warning: {error}; taking the one before", file=sys.stderr)
+            if rank == 0:
+                print(f"warning: {error}; taking the checkpoint before", file=sys.stderr)
+    if steps:
+        where = folder(proj_dir)
+        raise UserError(f"{where}: none of {len(steps)} checkpoints is whole; --overwrite without --resume begins anew")
     return None
 
 
-def save_step(proj_dir: str | Path, state: dict[str, Any], keep_last: int) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep_last`."""
-    path = folder(proj_dir) / f"step-{state['step']:08d}.ckpt"
-    save_state(path, state)
-    for _, old in steps_saved(proj_dir)[keep_last:]:
-        old.unlink(missing_ok=True)
-    return path
+def save(
+    proj_dir: str | Path, step: int, run: dict[str, Any], own: dict[str, Any], rank: int, barrier: Callable[[], None],
+    keep_last: int,
+) -> None:  # fmt: skip
+    """Write one checkpoint, each device its `own`, the first also `run`; then drop all but the newest `keep_last`."""
+    if rank:
+        save_state(path_of(proj_dir, step, rank), own)
+    barrier()
+    if rank == 0:
+        save_state(path_of(proj_dir, step), {**run, "own": own})
+        for old in steps_saved(proj_dir)[keep_last:]:
+            for path in (path_of(proj_dir, old), *folder(proj_dir).glob(f"step-{old:08d}.rank-*.ckpt")):
+                path.unlink(missing_ok=True)
+
+
+def clear(proj_dir: str | Path, after: int = 0) -> None:
+    """Remove checkpoints beyond step `after`, and what killed processes left half written."""
+    whole = {step for step in steps_saved(proj_dir) if step <= after}
+    for path in folder(proj_dir).glob("step-*"):
+        if path.suffix != ".ckpt" or int(path.name[5:13]) not in whole:
+            path.unlink()
+    for path in Path(proj_dir).glob("*.tmp"):
+        path.unlink()
 
 
 def random_state() -> dict[str, Any]:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     model = make_model(config)
     data = TrainingData.open(config, model.config.vocab_size)
     adapt(model, data, config)
-    return 0 if fit(model, data, config) else 130
+    return fit(model, data, config)
 
 
 def make_model(config: TrainConfig) -> RWKV:

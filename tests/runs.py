@@ -1,0 +1,140 @@
+"""Runs of train.py for tests: a small world to train in, and processes that begin in a tenth of a second.
+
+They are forked from a server that has imported everything, with the environment that torchrun gives to its processes.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rwkv_bone.checkpoint import open_tensors, save_tensors
+from tests.conftest import small_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PRELOAD = ["lightning.pytorch.loggers", "rwkv_bone.training.run", "rwkv_bone.training.records", "torch._dynamo"]
+
+
+def make_world(folder: Path, rows: int = 24) -> Path:
+    """A folder with a small bf16 base model of vocabulary 257 and a jsonl of short documents."""
+    torch.manual_seed(0)
+    model = small_model(dtype=torch.float32, vocab_size=257, n_layer=2, n_embd=32, dim_att=32, dim_ffn=64, head_size=8)
+    save_tensors(folder / "base.pth", {name: t.bfloat16() for name, t in model.state_dict().items()})
+    texts = [{"text": f"{i} and {i} is {2 * i}. " * (1 + i % 3)} for i in range(rows)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+def arguments(folder: Path, *flags, name: str = "run") -> list[str]:
+    usual = {
+        "--load_model": folder / "base.pth",
+        "--data_file": folder / "data.jsonl",
+        "--data_type": "jsonl",
+        "--ctx_len": 32,
+        "--micro_bsz": 4,
+        "--r": 8,
+        "--lr_init": "1e-2",
+        "--proj_dir": folder / name,
+        "--accelerator": "cpu",
+        "--threads": 1,
+    }
+    given = [str(f) for f in flags]
+    if "none" in given:  # --peft none has no options
+        del usual["--r"]
+    return [str(w) for flag, value in usual.items() if flag not in given for w in (flag, value)] + given
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "loss_data.jsonl").read_text().splitlines())]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bitwise the same losses, each step once, and results."""
+    assert losses(a) == losses(b)
+    results = sorted(path.name for path in a.glob("rwkv-*.pth"))
+    assert results and results == sorted(path.name for path in b.glob("rwkv-*.pth") if "interrupted" not in path.name)
+    for name in results:
+        ours, theirs = open_tensors(a / name), open_tensors(b / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+class Ended(NamedTuple):
+    codes: list[int]  # of each process; negative: the signal that killed it
+    said: str  # stdout and stderr of all
+
+
+class Processes:
+    """Ranks 0, 1, ... of one run."""
+
+    def __init__(self, argv: list[str], log: Path, ranks: int = 1, before=None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
+        self.logs = [log.with_suffix(f".{rank}.log") for rank in range(ranks)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        for rank in range(ranks):
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
+            environment |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": 1}
+            args = (argv, self.logs[rank], environment if ranks > 1 else {}, before if rank == 0 else None)
+            self.processes.append(context.Process(target=train, args=args))
+            self.processes[-1].start()
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        if self.processes[rank].is_alive():
+            os.kill(self.processes[rank].pid, number)
+
+    def end(self, seconds: float = 120) -> Ended:
+        for process in self.processes:
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+                raise AssertionError(f"a process did not end in {seconds} s; it said:\n" + self.said())
+        return Ended([process.exitcode for process in self.processes], self.said())
+
+    def said(self) -> str:
+        return "".join(log.read_text() for log in self.logs if log.exists())
+
+
+def train(argv: list[str], log: Path, environment: dict, before) -> None:
+    """The body of one process."""
+    from rwkv_bone.errors import run
+    from rwkv_bone.training.run import main
+
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if before is not None:
+        before()
+    run(lambda: main(argv))
+
+
+def run_to_end(folder: Path, *flags, name: str, ranks: int = 1, before=None) -> Ended:
+    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before).end()
+
+
+class DieAt:
+    """Called in a process, kills it before its `count`-th opening, renaming, cutting or removal of a file in `folder`."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = str(folder), count
+
+    def __call__(self) -> None:
+        def hook(event: str, args: tuple) -> None:
+            if event in ("open", "os.rename", "os.remove", "os.truncate") and str(args[0]).startswith(self.folder):
+                self.count -= 1
+                if self.count == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)

@@ -1,0 +1,223 @@
+"""Runs that are killed, stopped or out of disk go on from their checkpoints as if nothing had happened."""
+
+import csv
+import random
+import resource
+import signal
+import sys
+import time
+
+import pytest
+
+from rwkv_bone.checkpoint import load_state
+from rwkv_bone.training import resume
+from tests.runs import DieAt, Processes, arguments, assert_same_run, losses, make_world, run_to_end
+
+# dropout, as random numbers count; trained parts of the base, as not all that trains is an adapter
+FLAGS = ("--peft", "lora", "--lora_dropout", "0.2", "--train_parts", "time", "--epoch_count", "2", "--save_every_steps", "2",
+         "--micro_bsz", "2", "--accumulate_grad_batches", "2", "--resume", "auto")  # fmt: skip
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(world):
+    ended = run_to_end(world, *FLAGS, name="unbroken")
+    assert ended.codes == [0] and len(losses(world / "unbroken")) == STEPS, ended.said
+    return world / "unbroken"
+
+
+@pytest.fixture(scope="module")
+def unbroken_on_two(world):
+    ended = run_to_end(world, *FLAGS, "--devices", 2, name="unbroken_on_two", ranks=2)
+    assert ended.codes == [0, 0] and len(losses(world / "unbroken_on_two")) == STEPS / 2, ended.said
+    return world / "unbroken_on_two"
+
+
+def resume_until_the_end(world, name: str, deaths, ranks: int = 1) -> int:
+    """Run with each of `deaths` (in the first process) in turn, then without; the number of runs that were killed."""
+    for killed, death in enumerate([*deaths, None]):
+        ended = run_to_end(world, *FLAGS, "--devices", ranks, name=name, ranks=ranks, before=death)
+        assert ended.codes[0] in (0, -signal.SIGKILL), ended.said
+        if ended.codes[0] == 0:
+            return killed
+        assert 0 not in ended.codes  # the others do not wait for ever, and do not call it a success
+    raise AssertionError(f"did not end: {ended.said}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_at_any_file_operation_goes_on_bitwise(world, unbroken, seed):
+    counts = random.Random(seed).choices(range(1, 24), k=50)  # a whole run has 43, one that goes on at least 8
+    folder = world / f"killed{seed}"
+    assert resume_until_the_end(world, folder.name, [DieAt(folder, count) for count in counts]) >= 3
+    assert_same_run(unbroken, folder)
+    assert not list(folder.glob("**/*.tmp"))
+
+
+def test_a_run_that_is_killed_at_any_time_goes_on_bitwise(world, unbroken):
+    chance = random.Random(0)
+    folder = world / "any_time"
+    for _ in range(6):
+        run = Processes(arguments(world, *FLAGS, name=folder.name), folder)
+        while run.processes[0].is_alive() and not (folder / "loss_data.jsonl").exists():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.25))
+        run.signal(signal.SIGKILL)
+        run.end()
+    assert resume_until_the_end(world, folder.name, []) == 0
+    assert_same_run(unbroken, folder)
+
+
+@pytest.mark.slow
+def test_two_devices_of_which_the_first_is_killed_go_on_bitwise(world, unbroken_on_two):
+    folder = world / "killed_on_two"
+    deaths = [DieAt(folder, count) for count in (9, 31, 24, 17)]
+    assert resume_until_the_end(world, folder.name, deaths, ranks=2) >= 2
+    assert_same_run(unbroken_on_two, folder)
+
+
+def test_two_devices_of_which_the_second_is_killed_end_soon_and_go_on(world, unbroken_on_two):
+    folder = world / "second_killed"
+    flags = (*FLAGS, "--devices", 2)
+    run = Processes(arguments(world, *flags, name=folder.name), folder, ranks=2)
+    while not ((folder / "loss_data.jsonl").exists() and len(losses(folder)) >= 3):
+        time.sleep(0.005)
+    run.signal(signal.SIGKILL, rank=1)
+    ended = run.end(60)
+    assert ended.codes[0] not in (0, -signal.SIGKILL) and "--resume auto" in ended.said
+    assert run_to_end(world, *flags, name=folder.name, ranks=2).codes == [0, 0]
+    assert_same_run(unbroken_on_two, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number, ranks):
+    whole = request.getfixturevalue("unbroken" if ranks == 1 else "unbroken_on_two")
+    folder = world / f"signal{number}_{ranks}"
+    flags = (*FLAGS, "--devices", ranks, "--save_every_steps", 0)
+    run = Processes(arguments(world, *flags, name=folder.name), folder, ranks)
+    while not ((folder / "loss_data.jsonl").exists() and losses(folder)):
+        time.sleep(0.005)
+    run.signal(number)  # to the first alone: the others hear of it
+    ended = run.end()
+    done = len(losses(folder))
+    assert ended.codes == [128 + number] + [0] * (ranks - 1), ended.said
+    assert done < len(losses(whole)) and resume.steps_saved(folder)[0] == done
+    assert (folder / "rwkv-interrupted.pth").exists()
+    assert run_to_end(world, *flags, name=folder.name, ranks=ranks).codes == [0] * ranks
+    assert_same_run(whole, folder)
+
+
+def test_the_last_checkpoints_are_kept_and_are_small(world, unbroken):
+    assert resume.steps_saved(unbroken) == [12, 10]
+    state = load_state(resume.path_of(unbroken, 12))
+    trained = sum(t.numel() * t.element_size() for t in state["trained"].values())
+    # the values, two moments and a few kilobytes for each tensor's names and paddings
+    assert resume.path_of(unbroken, 12).stat().st_size < 3 * trained + 2000 * len(state["trained"])
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(world, unbroken):
+    name = "damaged"
+    assert run_to_end(world, *FLAGS, name=name, before=DieAt(world / name, 27)).codes == [-signal.SIGKILL]
+    newest, before, *_ = resume.steps_saved(world / name)
+    path = resume.path_of(world / name, newest)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    ended = run_to_end(world, *FLAGS, name=name)
+    assert f"step-{newest:08d}.ckpt: damaged" in ended.said and f"after step {before}" in ended.said
+    assert_same_run(unbroken, world / name)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_lost(world):
+    name = "all_damaged"
+    run_to_end(world, *FLAGS, name=name)
+    for step in resume.steps_saved(world / name):
+        resume.path_of(world / name, step).write_bytes(b"PK")
+    files = {path: path.stat().st_mtime for path in (world / name).rglob("*.*")}
+    ended = run_to_end(world, *FLAGS, name=name)
+    assert ended.codes == [2] and "none of 2 checkpoints is whole" in ended.said
+    assert files == {path: path.stat().st_mtime for path in (world / name).rglob("*.*")}
+
+
+class FullDisk:
+    """Called in a process: once `folder` holds a checkpoint no file grows beyond `size` bytes."""
+
+    def __init__(self, folder, size: int):
+        self.folder, self.size = folder, size
+
+    def __call__(self) -> None:
+        def hook(event: str, args: tuple) -> None:
+            if event == "open" and resume.steps_saved(self.folder):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sys.addaudithook(hook)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_leaves_what_was_saved(world, unbroken):
+    name = "full"
+    ended = run_to_end(world, *FLAGS, name=name, before=FullDisk(world / name, 30_000))
+    assert ended.codes == [2] and "cannot be written (File too large)" in ended.said
+    assert ended.said.count("\n") == ended.said[: ended.said.index("error: ")].count("\n") + 1  # one line, the last
+    assert resume.steps_saved(world / name) == [2]
+    assert run_to_end(world, *FLAGS, name=name).codes == [0]
+    assert_same_run(unbroken, world / name)
+
+
+def test_a_finished_run_is_left_as_it_is(world, unbroken):
+    files = {path: path.read_bytes() for path in unbroken.rglob("*.*")}
+    assert "complete" in run_to_end(world, *FLAGS, name="unbroken").said
+    without = [flag for flag in FLAGS if flag not in ("--resume", "auto")]
+    assert run_to_end(world, *without, name="unbroken").codes == [2]
+    assert files == {path: path.read_bytes() for path in unbroken.rglob("*.*")}
+
+
+def test_results_without_a_checkpoint_are_not_overwritten(world, unbroken):
+    folder = world / "results"
+    folder.mkdir()
+    (folder / "rwkv-0.pth").write_bytes(b"mine")
+    ended = run_to_end(world, *FLAGS, name="results")
+    assert ended.codes == [2] and "--overwrite" in ended.said
+    assert (folder / "rwkv-0.pth").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--micro_bsz", "3"), "the run was begun with micro_bsz 2, not 3"),
+        (("--peft", "bone"), "another method or options"),
+        (("--ctx_len", "16"), "the run was begun with ctx_len 32, not 16"),
+        (("--devices", "2"), "the run was begun with devices 1, not 2"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_was_begun(world, unbroken, flags, message):
+    kept = [f for f in FLAGS if flags[0] != "--peft" or f not in ("--lora_dropout", "0.2")]
+    ended = run_to_end(world, *kept, *flags, name="unbroken", ranks=2 if "--devices" in flags else 1)
+    assert set(ended.codes) == {2} and message in ended.said
+
+
+def test_the_csv_of_a_resumed_run_has_every_step_once(world, unbroken):
+    name = "csv"
+    run_to_end(world, *FLAGS, name=name, before=DieAt(world / name, 27))
+    run_to_end(world, *FLAGS, name=name)
+    newest = sorted((world / name / "metrics").glob("version_*/metrics.csv"))[-1]
+    rows = list(csv.DictReader(newest.open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    assert [float(row["loss"]) for row in rows] == [loss for _, loss in losses(unbroken)]
+
+
+def test_a_new_seed_each_time_is_kept_when_the_run_goes_on(world):
+    flags = [*FLAGS, "--random_seed", "-1"]
+    seeds = []
+    for name in ("seed1", "seed2"):
+        assert run_to_end(world, *flags, name=name, before=DieAt(world / name, 27)).codes == [-signal.SIGKILL]
+        seeds.append(load_state(resume.path_of(world / name, resume.steps_saved(world / name)[0]))["seed"])
+        assert run_to_end(world, *flags, name=name).codes == [0]
+        assert load_state(resume.path_of(world / name, STEPS))["seed"] == seeds[-1]
+    assert seeds[0] != seeds[1]
+    assert losses(world / "seed1") != losses(world / "seed2")
