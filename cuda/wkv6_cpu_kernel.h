@@ -797,6 +797,83 @@ template <class F> struct Heads {
     }
 };
 
+// A few tokens, one after the other, on the states as they lie in memory: a chunk would be mostly padding.
+template <class F> struct Steps {
+    static constexpr int W = Lanes<F>::W;
+    using V = Vec<F>;
+    const Problem& p;
+    int64_t N, nv, np;
+    Buffer<F> memory;
+    F *r, *k, *v, *w, *u, *y;
+
+    explicit Steps(const Problem& p) : p(p), N(p.N), nv((p.N + W - 1) / W), np(nv * W), memory(6 * np) {
+        r = memory.p, k = r + np, v = k + np, w = v + np, u = w + np, y = u + np;
+    }
+
+    void forward(int64_t head) {
+        int64_t b = head / p.H, h = head % p.H, square = N * N;
+        const F* from = p.state ? static_cast<const F*>(p.state) + head * square : nullptr;
+        F* to = static_cast<F*>(p.final_state) + head * square;
+        if (p.checkpoints) {  // T < kCheckpoint: only the initial state
+            F* first = static_cast<F*>(p.checkpoints) + head * square;
+            if (from) memcpy(first, from, square * sizeof(F));
+            else memset(first, 0, square * sizeof(F));
+        }
+        if (!from) memset(to, 0, square * sizeof(F)), from = to;
+        load_as(u, static_cast<const F*>(p.u) + h * N, 1, 1, N, N);
+        for (int64_t t = 0; t < p.T; t++, from = to) {
+            int64_t at_t = ((b * p.T + t) * p.H + h) * N;
+            Element<F>::as(p.type, [&](auto e) __attribute__((always_inline)) {
+                load_as(r, static_cast<const decltype(e)*>(p.r) + at_t, 1, 1, N, N);
+                load_as(k, static_cast<const decltype(e)*>(p.k) + at_t, 1, 1, N, N);
+                load_as(v, static_cast<const decltype(e)*>(p.v) + at_t, 1, 1, N, N);
+            });
+            Element<F>::as(p.w_type, [&](auto e) __attribute__((always_inline)) {
+                load_as(w, static_cast<const decltype(e)*>(p.log_w) + at_t, 1, 1, N, N);
+            });
+            step(from, to);
+            Element<F>::as(p.type, [&](auto e) __attribute__((always_inline)) {
+                store_as(static_cast<decltype(e)*>(p.y) + at_t, y, 1, 1, N, N);
+            });
+        }
+    }
+
+    void step(const F* from, F* to) {
+        V sum{};
+        for (int64_t i = 0; i < np; i += W) {
+            at(w + i) = exponential(at(w + i));
+            sum += at(r + i) * at(u + i) * at(k + i);
+        }
+        F bonus = 0;
+        for (int l = 0; l < W; l++) bonus += sum[l];
+        int64_t c = 0;
+        for (; c + 4 * W <= N; c += 4 * W) columns<4>(c, bonus, from, to);
+        for (; c + W <= N; c += W) columns<1>(c, bonus, from, to);
+        if (c == N) return;
+        V yc = all(bonus) * at(v + c);
+        for (int64_t i = 0; i < N; i++) {
+            V s = load_some<F>(from + i * N + c, N - c);
+            yc += all(r[i]) * s;
+            store_some<F>(to + i * N + c, N - c, all(w[i]) * s + all(k[i]) * at(v + c));
+        }
+        at(y + c) = yc;
+    }
+
+    template <int C> INLINE void columns(int64_t c, F bonus, const F* from, F* to) {
+        V sum[C], vc[C];
+        UNROLL for (int q = 0; q < C; q++) vc[q] = at(v + c + q * W), sum[q] = all(bonus) * vc[q];
+        for (int64_t i = 0; i < N; i++) {
+            V ri = all(r[i]), ki = all(k[i]), wi = all(w[i]);
+            UNROLL for (int q = 0; q < C; q++) {
+                V s = load(from + i * N + c + q * W);
+                sum[q] += ri * s;
+                store(to + i * N + c + q * W, wi * s + ki * vc[q]);
+            }
+        }
+        UNROLL for (int q = 0; q < C; q++) at(y + c + q * W) = sum[q];
+    }
+};
+
 // ---- tasks
 
 template <class F> INLINE const F* row(const void* p, int64_t i, int64_t size) {
@@ -848,20 +925,29 @@ void carry(F* states, const F* first, const Cut& cut, const Threads& threads, co
 }
 
 template <class F> void forward_as(const Problem& p, const Threads& threads) {
+    int64_t square = p.N * p.N, heads = p.B * p.H;
+    if (p.T < 8) {
+        // starting threads takes as long as a quarter of a million elements of the state
+        int64_t most = 1 + heads * square * p.T / (1 << 18), tasks = least(least(threads.count, most), heads);
+        return threads.each(tasks, [&](int64_t task) {
+            Steps<F> steps(p);
+            for (int64_t h = task * heads / tasks; h < (task + 1) * heads / tasks; h++) steps.forward(h);
+        });
+    }
     Cut cut(p, threads.count);
-    int64_t square = p.N * p.N, n = cut.segments;
+    int64_t n = cut.segments;
     if (n == 1)
         return threads.each(cut.tasks(), [&](int64_t task) {
             int64_t b = cut.batch(task), h = cut.head(task), at = b * p.H + h;
             Heads<F>(p, b, h, cut.head_end(task))
                 .forward(0, p.T, row<F>(p.state, at, square), row<F>(p.final_state, at, square));
         });
-    Buffer<F> starts(p.B * p.H * n * square);
+    Buffer<F> starts(heads * n * square);
     carry(starts.p, row<F>(p.state, 0, 0), cut, threads, [&](int64_t head, int64_t segment, F* to, F* log_decay) {
         Heads<F>(p, head / p.H, head % p.H, head % p.H + 1)
             .added(cut.token(segment), cut.token(segment + 1), to, log_decay);
     });
-    threads.each(p.B * p.H * n, [&](int64_t i) {
+    threads.each(heads * n, [&](int64_t i) {
         int64_t head = i / n, segment = i % n;
         F* end = segment == n - 1 ? row<F>(p.final_state, head, square) : nullptr;
         Heads<F>(p, head / p.H, head % p.H, head % p.H + 1)
