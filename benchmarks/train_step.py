@@ -27,8 +27,15 @@ VARIANTS = ("ours", "materialised", "peft LoRA")
 
 
 class MaterialisedBone(BoneLinear):
+    """W' = W + W B + B, formed at each use; plain autograd goes back through it. For r that divides both sizes."""
+
     def forward(self, x):
-        return x @ self.merged_weight().to(x.dtype).T
+        out, in_ = self.weight.shape
+        r = self.config.r
+        blocks = self.weight.view(out // r, r, in_ // r, r).permute(0, 2, 1, 3)  # (n, m, r, r)
+        bone = self.bone.to(self.weight.dtype)
+        merged = (blocks + blocks @ bone + bone).permute(0, 2, 1, 3).reshape(out, in_)
+        return x @ merged.T
 
 
 def adapt(model: torch.nn.Module, variant: str, r: int) -> None:
