@@ -4,6 +4,8 @@
     y_t = r_t (S_{t-1} + diag(u) k_t^T v_t)
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,7 @@ def wkv6_chunked(
 
 
 OPS = ("auto", "torch", "cpu", "cuda")
+COMPUTE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 
 
 def wkv6(
@@ -104,7 +107,7 @@ def wkv6(
     r's dtype or float32. u: (H, N). state: (B, H, N, N) indexed [key, value], or None for zeros.
     Returns y (B, T, H, N) in r's dtype and the final state (B, H, N, N) in float32 (float64 if r is).
     op: "auto" (the kernel of r's device), "cpu", "cuda", or "torch" (needs no compiler, any device).
-    Relative L2 errors against float64: 1e-6 (log_w's gradient 1e-5; 5e-5 at decays of -150 a step) in float32.
+    Relative L2 errors against float64 in float32 on the CPU: 1e-6, at every decay.
     Raises ValueError that names the tensor, what was expected and what came.
     """
     compute = _check(r, k, v, log_w, u, state, op)
@@ -113,71 +116,102 @@ def wkv6(
         state = state.to(compute)
     if op == "torch":
         return wkv6_chunked(r, k, v, log_w, u, state)
-    save = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (r, k, v, log_w, u, state)
-    )
-    y, final_state, _ = _wkv6(r, k, v, log_w, u, state, save)
-    return y, final_state
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, k, v, log_w, u, state))
+    if save or torch.compiler.is_compiling() or type(r) is not Tensor:
+        return _wkv6(r, k, v, log_w, u, state, save)[:2]
+    return _kernels(r.device.type).forward(r, k, v, log_w, u, state, False)[:2]  # the op's own cost is above a step's
 
 
-def _kernels(device: torch.device):
-    """The one place that chooses a kernel: the module whose forward, backward and saved_shape serve `device`."""
-    if device.type == "cpu":
-        from rwkv_bone.ops import wkv6_cpu as kernels
-    else:
+def describe(device: str, dtype: torch.dtype, N: int, op: str = "auto") -> str:
+    """What wkv6 runs for r, k, v of `dtype` on `device` ("cpu", "cuda") with heads of N channels, in words."""
+    return "chunked, in plain torch" if op == "torch" else _kernels(device).describe(dtype, N)
+
+
+@functools.cache
+def _kernels(device: str):
+    """The one place that chooses a kernel: the module whose forward, backward, saved_shape and describe serve `device`."""
+    if device == "cuda":
         from rwkv_bone.ops import wkv6_cuda as kernels
+    else:
+        from rwkv_bone.ops import wkv6_cpu as kernels
     return kernels
 
 
 def _check(r, k, v, log_w, u, state, op: str) -> torch.dtype:
-    """Raise ValueError unless the arguments of wkv6 are what it takes; return the dtype it computes in."""
+    """The dtype that wkv6 computes in for these arguments; a ValueError if they are not what it takes."""
+    shape, dtype, device = r.shape, r.dtype, r.device
+    compute = COMPUTE.get(dtype)
+    good = (
+        len(shape) == 4
+        and 0 not in shape
+        and compute is not None
+        and shape == k.shape == v.shape == log_w.shape
+        and u.shape == shape[2:]
+        and dtype == k.dtype == v.dtype
+        and log_w.dtype in (dtype, compute)
+        and device == k.device == v.device == log_w.device == u.device
+        and r.is_contiguous()
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and log_w.is_contiguous()
+        and u.is_contiguous()
+        and u.is_floating_point()
+        and (op == device.type or (op == "auto" and device.type in ("cpu", "cuda")) or op == "torch")
+    )
+    if good and state is not None:
+        good = (
+            state.shape == (shape[0], shape[2], shape[3], shape[3])
+            and state.device == device
+            and state.is_contiguous()
+            and state.is_floating_point()
+        )
+    if not good:
+        _refuse(r, k, v, log_w, u, state, op)
+    return compute
+
+
+def _refuse(r, k, v, log_w, u, state, op: str) -> None:
+    """Raise the ValueError that says why _check does not take these arguments."""
     if op not in OPS:
         raise ValueError(f"wkv6: op must be one of {', '.join(OPS)}, not {op!r}")
-    if r.dim() != 4:
-        raise ValueError(f"wkv6: r must have shape (B, T, H, N), not {tuple(r.shape)}")
-    B, T, H, N = r.shape
-    if 0 in (B, T, H, N):
-        raise ValueError(f"wkv6: r must have at least one batch row, token, head and channel, not {tuple(r.shape)}")
-    if r.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"wkv6: r must be float32, bfloat16 or float64, not {r.dtype}; convert it")
-    compute = torch.float64 if r.dtype == torch.float64 else torch.float32
-    like_r = [("k", k, r.shape), ("v", v, r.shape), ("log_w", log_w, r.shape), ("u", u, (H, N))]
-    if state is not None:
-        like_r.append(("state", state, (B, H, N, N)))
-    for name, x, shape in like_r:
-        if x.shape != shape:
-            raise ValueError(f"wkv6: {name} must have shape {tuple(shape)} to go with r, not {tuple(x.shape)}")
+    if r.dim() != 4 or 0 in r.shape:
+        raise ValueError(f"wkv6: r must have shape (B, T, H, N), none of them 0, not {tuple(r.shape)}")
+    B, _, H, N = r.shape
+    if r.dtype not in COMPUTE:
+        raise ValueError(f"wkv6: r must be float32, bfloat16 or float64, not {r.dtype}")
+    expected = {"k": r.shape, "v": r.shape, "log_w": r.shape, "u": (H, N), "state": (B, H, N, N)}
+    inputs = {"r": r, "k": k, "v": v, "log_w": log_w, "u": u, "state": state}
+    if state is None:
+        del inputs["state"]
+    for name, x in inputs.items():
+        if name != "r" and x.shape != expected[name]:
+            raise ValueError(f"wkv6: {name} must have shape {tuple(expected[name])} as r has, not {tuple(x.shape)}")
         if x.device != r.device:
             raise ValueError(f"wkv6: {name} must be on {r.device} as r is, not on {x.device}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != r.dtype:
+        if name in ("k", "v") and x.dtype != r.dtype:
             raise ValueError(f"wkv6: {name} must be {r.dtype} as r is, not {x.dtype}")
-    if log_w.dtype not in (r.dtype, compute):
-        raise ValueError(f"wkv6: log_w must be {r.dtype} as r is, or {compute}, not {log_w.dtype}")
-    for name, x in (("u", u), ("state", state)):
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"wkv6: {name} must be a floating-point tensor, not {x.dtype}")
-    for name, x in (("r", r), ("k", k), ("v", v), ("log_w", log_w), ("u", u), ("state", state)):
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"wkv6: {name} must be contiguous, but its strides are {x.stride()}; call .contiguous()")
-    if op in ("cpu", "cuda") and r.device.type != op:
-        raise ValueError(f"wkv6: op={op!r} needs tensors on {op}, but r is on {r.device}")
-    if op == "auto" and r.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"wkv6: there is no kernel for {r.device.type}; use op='torch'")
-    return compute
+        if name == "log_w" and x.dtype not in (r.dtype, COMPUTE[r.dtype]):
+            raise ValueError(f"wkv6: log_w must be {r.dtype} as r is, or {COMPUTE[r.dtype]}, not {x.dtype}")
+        if not x.is_floating_point():
+            raise ValueError(f"wkv6: {name} must be floating-point, not {x.dtype}")
+        if not x.is_contiguous():
+            raise ValueError(f"wkv6: {name} must be contiguous, and has strides {x.stride()}; call .contiguous()")
+    if op in ("cpu", "cuda"):
+        raise ValueError(f"wkv6: op={op!r} takes tensors on {op}, and r is on {r.device}")
+    raise ValueError(f"wkv6: there is no kernel for {r.device.type}; use op='torch'")
 
 
 @torch.library.custom_op("rwkv_bone::wkv6", mutates_args=())
 def _wkv6(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(r.device).forward(r, k, v, log_w, u, state, save)
+    return _kernels(r.device.type).forward(r, k, v, log_w, u, state, save)
 
 
 @_wkv6.register_fake
 def _(r, k, v, log_w, u, state, save):
     B, _, H, N = r.shape
-    saved = _kernels(r.device).saved_shape(r) if save else (0,)
+    saved = _kernels(r.device.type).saved_shape(r) if save else (0,)
     return torch.empty_like(r), u.new_empty(B, H, N, N), u.new_empty(saved)
 
 
@@ -185,7 +219,7 @@ def _(r, k, v, log_w, u, state, save):
 def _wkv6_backward(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, saved: Tensor, gy: Tensor, gfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernels(r.device).backward(r, k, v, log_w, u, saved, gy, gfinal)
+    return _kernels(r.device.type).backward(r, k, v, log_w, u, saved, gy, gfinal)
 
 
 @_wkv6_backward.register_fake

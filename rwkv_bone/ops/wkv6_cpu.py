@@ -74,6 +74,10 @@ def _variant(name: str | None) -> int:
     return VARIANTS[name]
 
 
+def describe(dtype: torch.dtype, N: int) -> str:
+    return f"C++ kernel, {variants()[-1]}, {torch.get_num_threads()} threads"
+
+
 def saved_shape(r: Tensor) -> tuple[int, ...]:
     """The shape of the states that forward keeps for backward: one every CHECKPOINT tokens, the initial one first."""
     B, T, H, N = r.shape

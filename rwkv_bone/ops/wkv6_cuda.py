@@ -35,6 +35,10 @@ def choose(dtype: torch.dtype, N: int) -> str:
     return "chunk" if dtype == torch.bfloat16 and N == 64 else "sequential"
 
 
+def describe(dtype: torch.dtype, N: int) -> str:
+    return f"CUDA kernel, {choose(dtype, N)}"
+
+
 # ---- building and calling
 
 
