@@ -202,17 +202,22 @@ def write_pth(
     }
     head = io.BytesIO()
     _Pickler(head, protocol=2).dump(entries)
-    with atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        record(archive, "data.pkl", head.getbuffer())
-        record(archive, "byteorder", b"little")
-        names = iter(layout)
-        for key, (name, tensor) in enumerate(tensors):
-            assert name == next(names) and (tensor.dtype, tuple(tensor.shape)) == layout[name], name
-            record(archive, f"data/{key}", as_bytes(tensor))
-        assert next(names, None) is None
-        record(archive, "version", b"3\n")
-        for name, data in (records or {}).items():
-            record(archive, name, data)
+    with atomic(path) as file:
+        archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        try:
+            record(archive, "data.pkl", head.getbuffer())
+            record(archive, "byteorder", b"little")
+            names = iter(layout)
+            for key, (name, tensor) in enumerate(tensors):
+                assert name == next(names) and (tensor.dtype, tuple(tensor.shape)) == layout[name], name
+                record(archive, f"data/{key}", as_bytes(tensor))
+            assert next(names, None) is None
+            record(archive, "version", b"3\n")
+            for name, data in (records or {}).items():
+                record(archive, name, data)
+            archive.close()
+        finally:
+            archive.fp = None  # after an error there is nothing to finish, and trying to would hide the error
 
 
 def record(archive: zipfile.ZipFile, name: str, data) -> None:

@@ -11,7 +11,6 @@ import zipfile
 
 import pytest
 import torch
-from independent import rwkv_package_logits
 
 from rwkv_bone.checkpoint import (
     Streamed,
@@ -31,6 +30,7 @@ from rwkv_bone.checkpoint import (
 )
 from rwkv_bone.errors import UserError
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge, train_parts
+from tests.independent import rwkv_package_logits
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
@@ -122,6 +122,30 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"new")
         raise RuntimeError("half way")
     assert (tmp_path / "m.pth").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_interrupted_anywhere_in_the_writing_of_an_archive_it_says_so_and_leaves_nothing(tmp_path):
+    """Ctrl-C at each line of zipfile in turn: what comes out is that and no other exception, and no file."""
+    for moment in range(10**6):
+        lines = iter(range(moment, -1, -1))
+
+        def trace(frame, event, arg, lines=lines):
+            if frame.f_code.co_filename != zipfile.__file__ or frame.f_code.co_name == "__del__":
+                return None
+            if event == "line" and next(lines, None) == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            save_tensors(tmp_path / "m.pth", {"a": torch.zeros(3), "b": torch.zeros(5)})
+            break
+        except KeyboardInterrupt:
+            assert os.listdir(tmp_path) == []
+        finally:
+            sys.settrace(None)
+    assert moment > 200
     assert os.listdir(tmp_path) == ["m.pth"]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from independent import rwkv_package_logits
 
 from rwkv_bone import merging
 from rwkv_bone.checkpoint import (
@@ -28,6 +27,7 @@ from rwkv_bone.checkpoint import (
 from rwkv_bone.errors import UserError
 from rwkv_bone.models.x060 import ModelConfig
 from rwkv_bone.peft import METHODS, adapter_tensors, adapters, inject, merge, train_parts
+from tests.independent import rwkv_package_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 R = 5  # divides neither 16 nor 24 nor 40
@@ -594,7 +594,7 @@ BAD = [
     (["--base_model", "base.pth", "--output", "m.pth"], "nothing to do"),
     (["--base_model", "none.pth", "--output", "m.pth", "--dtype", "fp32"], "none.pth: no such file"),
     (["--base_model", "base.pth", "--peft_checkpoint", "none.pth", "--output", "m.pth"], "none.pth: no such file"),
-    (["--base_model", "adapter.pth", "--peft_checkpoint", "adapter.pth", "--output", "m.pth"], "an RWKV-6 model without emb.weight"),
+    (["--base_model", "adapter.pth", "--peft_checkpoint", "adapter.pth", "--output", "m.pth"], "model without emb.weight"),
     (["--base_model", "base.pth", "--peft_checkpoint", "base.pth", "--output", "base.pth"], "itself"),
     (["--base_model", "base.pth", "--peft_checkpoint", "--output", "m.pth"], "--peft_checkpoint"),
     ([..., "--quant", "nf4"], "invalid choice: 'nf4'"),
@@ -680,15 +680,16 @@ print(peak() - before)
 """
 
 
-def stopped_half_way(argv, out: Path, by: signal.Signals) -> subprocess.Popen:
-    """merge.py, sent a signal when it has written 100 MB."""
+def stopped_half_way(argv, out: Path, by: signal.Signals) -> tuple[int, int, str]:
+    """merge.py, sent a signal when it has written 100 MB: its id, exit code and last words."""
     command = [sys.executable, "merge.py", *map(str, argv)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while not any(p.stat().st_size > 100e6 for p in out.parent.glob("*.tmp")):
             assert process.poll() is None, "it was done before it could be stopped"
             time.sleep(0.01)
         process.send_signal(by)
-    return process
+        words = process.stderr.read().decode()
+    return process.pid, process.returncode, words
 
 
 @pytest.mark.slow
@@ -697,11 +698,11 @@ def test_merging_400_mb_takes_less_than_250_mb_and_can_be_stopped_at_any_time(tm
     large_adapter(adapter, base, large_model(base))
     assert 400e6 < base.stat().st_size < 450e6
     argv = ["--base_model", base, "--peft_checkpoint", adapter, "--output", out]
-    for by, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        assert stopped_half_way(argv, out, by).returncode == code
+    for by, code, words in ((signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "interrupted\n")):
+        assert stopped_half_way(argv, out, by)[1:] == (code, words)
         assert list(out.parent.iterdir()) == []
-    process = stopped_half_way(argv, out, signal.SIGKILL)
-    assert [p.name for p in out.parent.iterdir()] == [f"m.pth.{process.pid}.tmp"]
+    pid, _, _ = stopped_half_way(argv, out, signal.SIGKILL)
+    assert [p.name for p in out.parent.iterdir()] == [f"m.pth.{pid}.tmp"]
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
     assert float(done.stdout.splitlines()[-1]) < 250, done.stderr
     assert open_model(out)[1].keys() == open_model(base)[1].keys()
