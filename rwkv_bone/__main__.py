@@ -10,6 +10,7 @@ COMMANDS = {
     "merge": ("rwkv_bone.merging", "base + adapter -> standard .pth"),
     "generate": ("rwkv_bone.generate", "sample, or chat"),
     "evaluate": ("rwkv_bone.evaluate", "GSM8K, MATH, loss"),
+    "compare": ("rwkv_bone.compare", "methods against each other, rates tuned, seeds, table and picture"),
     "data": ("rwkv_bone.data.jsonl_to_binidx", "jsonl -> binidx"),
     "plot": ("rwkv_bone.plot", "loss curves as a picture"),
     "doctor": ("rwkv_bone.doctor", "what this machine can do"),

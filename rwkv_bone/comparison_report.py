@@ -1,0 +1,196 @@
+"""What a comparison found, as files: table.md, table.csv, runs.csv, curves.csv and curves.png. See compare.py.
+
+The picture's first panel shows the gain: a step's loss less that of the untrained model on the same batch. As each batch is new
+when it is met (in the first epoch), and as the methods meet the same ones, this is how fast each learns, without the noise of
+which batch is easy.
+"""
+
+import csv
+import importlib.util
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; nan for the deviation of one value."""
+    if not values:
+        return math.nan, math.nan
+    finite = all(map(math.isfinite, values))
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 and finite else math.nan
+
+
+def rows(study) -> list[Row]:
+    """A row for each entry that has a result at its best rate, by held-out loss."""
+    entries = (study.base, *study.entries)
+    best = {entry.label: study.at_best(entry) for entry in entries}
+    first = {record["seed"]: record["held_out_loss"] for record in best[study.reference]}
+    found = []
+    for entry in entries:
+        records = best[entry.label]
+        if not records:
+            continue
+        loss, spread = mean_and_spread([r["held_out_loss"] for r in records])
+        # seed by seed: the same seed is the same order of the data
+        apart, apart_spread = mean_and_spread([r["held_out_loss"] - first[r["seed"]] for r in records if r["seed"] in first])
+        steps = [r for r in records if r["losses"]]
+        found.append(
+            {
+                "method": entry.label,
+                "r": dict(entry.options).get("r", ""),
+                "trained": entry.trained,
+                "lr": records[0]["lr"],
+                "seeds": len(records),
+                "held_out_loss": loss,
+                "held_out_sd": spread,
+                "difference": apart,
+                "difference_sd": apart_spread,
+                "training_loss": mean_and_spread([statistics.fmean(r["losses"]) for r in steps])[0],
+                "step_seconds": min((r["step_seconds"] for r in records), default=0.0),
+                "step_cpu_seconds": min(r["step_cpu_seconds"] for r in records),
+                "peak_bytes": statistics.median(r["peak_bytes"] for r in records),
+            }
+        )
+    return sorted(found, key=lambda row: row["held_out_loss"])
+
+
+def signed(value: float, spread: float) -> str:
+    return f"{value:+.4f}" + (f" ± {spread:.4f}" if math.isfinite(spread) else "")
+
+
+def markdown(table: Iterable[Row], reference: str, on_cpu: bool) -> str:
+    """The table for people. Spreads are standard deviations over seeds."""
+    time = "CPU ms a step" if on_cpu else "ms a step"
+    head = ["method", "r", "trained", "lr", "held-out loss", f"less {reference}'s", "training loss", time, "peak MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in table:
+        base = row["method"] == "base"
+        loss = f"{row['held_out_loss']:.4f}"
+        if not base and math.isfinite(row["held_out_sd"]):
+            loss += f" ± {row['held_out_sd']:.4f}"
+        seconds = row["step_cpu_seconds" if on_cpu else "step_seconds"]
+        own = row["method"] == reference
+        cells = [
+            "base, untrained" if base else "none: all parameters" if row["method"] == "none" else row["method"],
+            row["r"],
+            "" if base else f"{row['trained']:,}",
+            "" if base else f"{row['lr']:g}",
+            loss,
+            "" if own else signed(row["difference"], row["difference_sd"]),
+            f"{row['training_loss']:.4f}",
+            "" if base else f"{1000 * seconds:.0f}",
+            "" if base else f"{row['peak_bytes'] / 2**20:.0f}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(study) -> None:
+    """All files, of the runs that are done."""
+    out, results, table = study.out, study.results(), rows(study)
+    if not table:
+        print("nothing is done yet")
+        return
+    on_cpu = all(record["device"] == "cpu" for record in results.values())
+    text = markdown(table, study.reference, on_cpu)
+    (out / "table.md").write_text(text)
+    write_csv(out / "table.csv", table)
+    one = ("lr", "seed", "choosing_loss", "held_out_loss", "step_seconds", "step_cpu_seconds", "peak_bytes", "seconds", "date")
+    records = sorted(results.values(), key=lambda r: (r["label"], r["lr"], r["seed"]))
+    runs = [{"method": r["label"], "r": r["options"].get("r", ""), **{name: r[name] for name in one}} for r in records]
+    write_csv(out / "runs.csv", runs)
+    curves = [
+        {"method": r["label"], "lr": r["lr"], "seed": r["seed"], "step": step, "loss": f"{loss:.6f}"}
+        for r in records
+        for step, loss in enumerate(r["losses"], 1)
+    ]
+    write_csv(out / "curves.csv", curves)
+    print("\n" + text)
+    if importlib.util.find_spec("matplotlib"):
+        picture(study, table, out / "curves.png")
+        print(f"{out}: table.md, table.csv, runs.csv, curves.csv, curves.png")
+    else:
+        print(f"{out}: table.md, table.csv, runs.csv, curves.csv; for a picture: pip install 'rwkv-bone[plot]', then --report")
+
+
+def write_csv(path: Path, table: list[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0].keys() if table else [])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+# -------------------------------------------------- the picture
+
+OTHERS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#8c564b", "#7f7f7f", "#17becf", "#bcbd22", "#9467bd", "#1f4e79")
+
+
+def gains(records: Iterable[Row], base: dict[int, Row]) -> list[float]:
+    """Step by step: loss less the untrained model's on the same batch, the mean over seeds."""
+    pairs = [(r["losses"], base[r["seed"]]["losses"]) for r in records if r["seed"] in base]
+    per_seed = [[ours - theirs for ours, theirs in zip(*pair)] for pair in pairs]
+    return [statistics.fmean(step) for step in zip(*per_seed)]
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last `width` values, or as many as there are."""
+    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def picture(study, table: Sequence[Row], path: Path) -> None:
+    """Three panels: the gain step by step, the sweep, the result of every seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    entries = {entry.label: entry for entry in study.entries}
+    labels = [row["method"] for row in table if row["method"] in entries]
+    colours = dict(zip((name for name in entries if name not in (study.reference, "none")), OTHERS * 9))
+    colours |= {study.reference: "#d62728", "none": "black"}
+    widths = {label: 2.6 if label == study.reference else 1.4 for label in labels}
+    front = {label: 5 if label == study.reference else 3 for label in labels}
+    results, base = study.results(), {record["seed"]: record for record in study.at_best(study.base)}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.25, 1, 1), layout="constrained")
+
+    width = max(1, study.comparison.steps // 8)
+    for label in labels:
+        gain = smooth(gains(study.at_best(entries[label]), base), width)
+        left.plot(range(1, len(gain) + 1), gain, color=colours[label], lw=widths[label], zorder=front[label], label=label)
+    left.axhline(0, color="grey", lw=0.8, ls=":")
+    left.set(xlabel="step", title=f"Training loss less the untrained model's on the same batch\n"
+             f"mean over seeds and the last {width} steps, at each method's best rate", ylabel="nats a token")  # fmt: skip
+    left.legend(frameon=False, ncols=2, title="best first")
+
+    untrained = max((record["choosing_loss"] for record in base.values()), default=math.inf)
+    lowest = untrained
+    for label in labels:
+        tried = sorted((run.lr, record["choosing_loss"]) for run, record in results.items()
+                       if run.entry.label == label and run.seed == study.comparison.seeds[0])  # fmt: skip
+        tried = [(lr, loss) for lr, loss in tried if math.isfinite(loss)]
+        lowest = min([lowest, *(loss for _, loss in tried)])
+        middle.plot(*zip(*tried), "o-", ms=4, color=colours[label], lw=widths[label], zorder=front[label])
+    if math.isfinite(untrained) and lowest < untrained:  # what is worse than no training needs no room
+        middle.axhline(untrained, color="grey", lw=0.8, ls=":")
+        middle.set_ylim(lowest - 0.05 * (untrained - lowest), untrained + 0.05 * (untrained - lowest))
+    middle.set(xscale="log", xlabel="learning rate", ylabel="nats a token",
+               title="Sweep of the rate with the first seed:\nloss on the half of the held-out text that chooses")  # fmt: skip
+
+    for place, label in enumerate(labels):
+        losses = [record["held_out_loss"] for record in study.at_best(entries[label])]
+        right.plot(losses, [place] * len(losses), "o", ms=6, alpha=0.6, color=colours[label], zorder=3)
+        right.plot([statistics.fmean(losses)], [place], "|", ms=18, mew=2, color=colours[label], zorder=4)
+    right.set_yticks(range(len(labels)), labels)
+    for tick, label in zip(right.get_yticklabels(), labels):
+        tick.set_color(colours[label])
+        tick.set_fontweight("bold" if label == study.reference else "normal")
+    right.invert_yaxis()
+    right.grid(axis="x", color="#dddddd", lw=0.6)
+    right.set(xlabel="nats a token", title="Held-out loss on the other half\na dot a seed, a stroke their mean")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
