@@ -134,16 +134,36 @@ def step(model: RWKV, tokens: Tensor, state: State) -> tuple[Tensor, State]:
 
 
 def sample(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> Tensor:
-    """A token (B,) for each row of logits (B, V), already penalised; draws: for each row a random number in [0, 1)."""
+    """A token (B,) for each row of logits (B, V), already penalised; draws: for each row a random number in [0, 1).
+
+    The draw goes through the kept tokens in the order of the vocabulary, so that equal probabilities, of which bf16 makes
+    many, lie in the same order in any batch.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    V = logits.shape[-1]
-    p, ids = logits.float().softmax(-1).topk(min(sampling.top_k or V, V))  # sorted, the largest first
-    last = (p.cumsum(-1) < sampling.top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-    log_p = p.log().masked_fill(p < p.gather(-1, last), -math.inf)  # as many as reach top_p, and those equal to the last
-    weights = (log_p.double() / sampling.temperature).softmax(-1).cumsum(-1)
-    below = torch.tensor(draws, dtype=torch.float64, device=logits.device).unsqueeze(-1) * weights[:, -1:]
-    return ids.gather(-1, (weights <= below).sum(-1, keepdim=True)).squeeze(-1)
+    p = logits.float().softmax(-1)
+    top_p = p.masked_fill(p < smallest_kept(p, sampling.top_p), 0) if sampling.top_p < 1 else p
+    if 0 < sampling.top_k < p.shape[-1]:
+        least = p.topk(sampling.top_k).values[:, -1:]
+        equal = p == least  # of those, the first ones
+        room = sampling.top_k - (p > least).sum(-1, keepdim=True)
+        top_p = top_p.masked_fill((p < least) | (equal & (equal.cumsum(-1) > room)), 0)
+    weights = top_p if sampling.temperature == 1 else (top_p.log() / sampling.temperature).softmax(-1)
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    drawn = torch.tensor(draws, dtype=torch.float64, device=logits.device).unsqueeze(-1) * total
+    drawn = torch.minimum(drawn, total.nextafter(torch.zeros_like(total)))  # a draw just below 1 may round to it
+    return (sums <= drawn).sum(-1)
+
+
+def smallest_kept(p: Tensor, top_p: float) -> Tensor:
+    """(B, 1): the probability at which the sorted p (B, V) first sum to top_p."""
+    for count in (min(1024, p.shape[-1]), p.shape[-1]):  # all of them are seldom needed, and slow to sort
+        values = p.topk(count).values
+        before = (values.cumsum(-1, dtype=torch.float64) < top_p).sum(-1, keepdim=True)
+        if count == p.shape[-1] or (before < count).all():
+            return values.gather(-1, before.clamp(max=count - 1))
+    raise AssertionError("the last count is all")
 
 
 # ---------------------------------------------------------------- rows
@@ -227,6 +247,8 @@ def completions(
         if waiting and (not rows or room >= batch_size / 4):  # a few at a time, as a token of few rows costs that of many
             new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             new_logits, new_state = read(model, [row.prompt for row in new], state)
+            if new_logits.isnan().any():
+                raise UserError("the model's output is not a number: the weights are damaged, or the training diverged")
             logits = torch.cat([logits, new_logits]) if rows else new_logits
             carried = join([carried, new_state]) if rows else new_state
             if sampling.penalises:

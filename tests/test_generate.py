@@ -137,12 +137,38 @@ def test_probabilities_are_the_packages(package, monkeypatch, temperature, top_p
     assert np.abs(ours.numpy() - expected[0]).max() < 2 / draws
 
 
-def test_the_rarest_token_can_be_drawn_and_no_impossible_one():
-    logits = torch.zeros(1, 1000)
-    logits[0, 3] = -torch.inf
-    draws = [0.0, 0.5, 1 - 2**-53]
-    tokens = [sample(logits, Sampling(top_p=1.0), [draw]).item() for draw in draws]
-    assert 3 not in tokens and len(set(tokens)) == 3
+@pytest.mark.parametrize("V", [3, 1000, 65536])
+def test_the_last_token_can_be_drawn_and_no_impossible_one(V):
+    logits = torch.zeros(3, V)
+    logits[:, 0] = logits[:, -1] = -torch.inf
+    assert sample(logits, Sampling(top_p=1.0), [0.0, 0.5, 1 - 2**-53]).tolist() == [1, V // 2, V - 2]
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.999])
+def test_large_vocabularies_have_the_packages_probabilities_too(package, monkeypatch, top_p):
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(2))  # 0.3 takes some hundred tokens, 0.999 thousands
+    expected = []
+    monkeypatch.setattr(np.random, "choice", lambda a, p: expected.append(p) or 0)
+    package.PIPELINE.sample_logits(None, logits.clone(), 0.7, top_p)
+    kept = np.cumsum(expected[0])
+    draws = [0.0, 0.1, 0.37, 0.5, 0.9, 1 - 2**-53]
+    tokens = sample(logits.expand(len(draws), -1), Sampling(0.7, top_p), draws)
+    for token, draw in zip(tokens.tolist(), draws):
+        assert expected[0][token] > 0
+        assert kept[token] - expected[0][token] - 1e-5 <= draw <= kept[token] + 1e-5
+
+
+def test_top_k_keeps_k_tokens_even_of_equal_ones():
+    draws = [i / 1000 for i in range(1000)]
+    logits = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]).expand(1000, -1)
+    assert set(sample(logits, Sampling(1.0, 1.0, 2), draws).tolist()) == {1, 2}
+    assert set(sample(logits, Sampling(1.0, 1.0, 4), draws).tolist()) == {0, 1, 2, 3}
+
+
+def test_a_model_that_gives_no_numbers_is_an_error(byte_model):
+    byte_model.head.weight[3] = float("nan")
+    with pytest.raises(UserError, match="not a number"):
+        generate(byte_model, BYTES, ["a"])
 
 
 # ---------------------------------------------------------------- a batch is its rows

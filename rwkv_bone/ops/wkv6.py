@@ -114,8 +114,8 @@ def wkv6(
     u = u.to(compute)
     if state is not None:
         state = state.to(compute)
-    if op == "torch":
-        return wkv6_chunked(r, k, v, log_w, u, state)
+    if op == "torch":  # a chunk costs as much as 16 steps: sampling takes one at a time
+        return (wkv6_chunked if r.shape[1] > 16 else wkv6_reference)(r, k, v, log_w, u, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, k, v, log_w, u, state))
     if save or torch.compiler.is_compiling() or type(r) is not Tensor:
         return _wkv6(r, k, v, log_w, u, state, save)[:2]
