@@ -46,10 +46,14 @@ def source_dir() -> Path:
     )
 
 
+def user_cache() -> Path:
+    """The folder of built libraries: rwkv-bone in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rwkv-bone"
+
+
 def cache_dir() -> Path:
-    """A folder for built libraries that can be written: $XDG_CACHE_HOME or ~/.cache, else a private temporary one."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = home / "rwkv-bone"
+    """The user's cache if it can be written, else (said on stderr) a private folder for temporary files."""
+    folder = user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -104,6 +108,8 @@ def build(
     `compiler` (g++, clang++, nvcc) compiles each object with `flags` and its own flags and links them with
     `link_flags`. `headers` are only hashed: name every file that the sources include.
     """
+    if os.name != "posix":
+        raise UserError(f"the kernels build on Linux and macOS, not on {platform.system()}; use --op torch")
     files = [*(o.source for o in objects), *headers]
     for file in files:
         if not file.is_file():
@@ -116,16 +122,15 @@ def build(
         repr((tuple(flags), tuple(link_flags))),
     ]  # fmt: skip
     key = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:16]
-    folder = cache or cache_dir()
-    library = folder / f"{name}-{key}.so"
-    if library.exists():
-        return library
-    ninja = ninja_binary()
-    with _lock(folder / f"{name}-{key}.lock"):
-        if not library.exists():  # another process may have built it while we waited
-            for stale in folder.glob(f"{name}-{key}.build-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            _run_ninja(name, library, objects, compiler, flags, link_flags, ninja)
+    library = (cache or user_cache()) / f"{name}-{key}.so"
+    if not library.exists():
+        ninja = ninja_binary()
+        library = (cache or cache_dir()) / library.name
+        with _lock(library.with_suffix(".lock")) as alone:
+            if not library.exists():  # another process may have built it while we waited
+                for stale in library.parent.glob(f"{library.stem}.build-*") if alone else ():  # of builds that were killed
+                    shutil.rmtree(stale, ignore_errors=True)
+                _run_ninja(name, library, objects, compiler, flags, link_flags, ninja)
     return library
 
 
@@ -138,16 +143,23 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. It goes with the process that holds it, however that ends."""
-    import fcntl  # not on Windows, where everything but the kernels' build works
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on `path`, which goes with the process that holds it, however that ends.
+
+    Yields whether it is held: on a file system without locks two processes build, each in its own folder.
+    """
+    import fcntl  # not on Windows
 
     with open(path, "w") as file:
+        alone = True
         try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"rwkv-bone: waiting for another process that builds {path.stem}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks: both build, each in its own folder, and one rename wins
-            print(f"rwkv-bone: cannot lock {path} ({error.strerror})", file=sys.stderr)
-        yield
+        except OSError:
+            alone = False
+        yield alone
 
 
 def _run_ninja(name, library: Path, objects: Sequence[Object], compiler, flags, link_flags, ninja: str) -> None:
