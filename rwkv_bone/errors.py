@@ -5,7 +5,14 @@ import sys
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what was wanted, what came, what to do."""
+    """Bad input. The message is one line: what was wanted, what came, what to do.
+
+    Names out of damaged files may be in it: what a terminal would not print as it stands is shown as "?", and it is not endless.
+    """
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else "?" for c in message[:1001])
+        super().__init__(line if len(line) <= 1000 else line[:1000] + "...")
 
 
 def run(main) -> None:
