@@ -12,28 +12,19 @@ zeros and tile(s) is cut. No other exact form counts fewer operations at any n: 
 third large product, n out in, for its gradient.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import AdapterLinear, ceil_div, dense
-from .rounding import rounded_sum
+from .rounding import add_rounded_
 
 
 def blocks(x: Tensor, r: int) -> Tensor:
     """(n, width) -> (n, ceil(width / r), r), a view where r divides, else a copy padded with zeros."""
     missing = -x.shape[1] % r
     return (F.pad(x, (0, missing)) if missing else x).unflatten(1, (-1, r))
-
-
-def block_product(x: Tensor, b: Tensor) -> Tensor:
-    """x (n, m, r) times b (m, r, r), each block by its own: (n, m, r), contiguous."""
-    product = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.bmm(x.transpose(0, 1), b, out=product.transpose(0, 1))
-    return product
 
 
 def tile_into(y: Tensor, s: Tensor) -> Tensor:
@@ -45,11 +36,11 @@ def tile_into(y: Tensor, s: Tensor) -> Tensor:
     return y
 
 
-def chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of the tokens of x (n, in): as many at once as fill the device, so that temporaries stay small beside x."""
+def chunks(x: Tensor) -> list[slice]:
+    """Slices of the tokens of x (n, in), the longest first: as many at once as fill the device, for small temporaries."""
     n, in_ = x.shape
-    size = max(1, (2**20 if x.device.type == "cpu" else 2**24) // in_)
-    return (slice(start, start + size) for start in range(0, n, size))
+    size = max(1, (2**22 if x.device.type == "cpu" else 2**24) // in_)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class BoneFunction(torch.autograd.Function):
@@ -59,15 +50,19 @@ class BoneFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight, bone: Tensor) -> Tensor:
         ctx.save_for_backward(x, bone)
         ctx.weight = weight
-        in_, r = x.shape[1], bone.shape[-1]
+        in_, (m, r, _) = x.shape[1], bone.shape
         w = dense(weight)
         transposed = bone.to(x.dtype).transpose(1, 2)
         y = x.new_empty(len(x), w.shape[0])
+        workspace = None  # one for all chunks: fresh memory costs the CPU more than what is done in it
         for rows in chunks(x):
-            u = block_product(blocks(x[rows], r), transposed)  # (n, m, r)
+            xs = x[rows]
+            workspace = x.new_empty(len(xs), m, r) if workspace is None else workspace
+            u = workspace[: len(xs)]
+            torch.bmm(blocks(xs, r).transpose(0, 1), transposed, out=u.transpose(0, 1))
             tile_into(y[rows], u.sum(1))
             # the product is added to the tiles before it is rounded: s is small beside it at the start of a training
-            y[rows].addmm_(rounded_sum(x[rows], u.flatten(1)[:, :in_]), w.T)
+            y[rows].addmm_(add_rounded_(u.flatten(1)[:, :in_], xs), w.T)
         return y
 
     @staticmethod
@@ -80,14 +75,18 @@ class BoneFunction(torch.autograd.Function):
         wants_dx, _, wants_dbone = ctx.needs_input_grad
         dx = torch.empty_like(x) if wants_dx else None
         dbone = torch.zeros_like(bone) if wants_dbone else None
+        workspace = None
         for rows in chunks(x):
-            q = blocks(g[rows] @ w, r)  # (n, m, r)
-            du = q + blocks(g[rows], r).sum(1, keepdim=True)
+            q = blocks(torch.mm(g[rows], w, out=dx[rows] if wants_dx else None), r)  # (n, m, r); of dx itself if r divides
+            workspace = torch.empty_like(q) if workspace is None else workspace
+            t = blocks(g[rows], r).sum(1, keepdim=True)
+            du = torch.add(q, t, out=workspace[: len(q)])
             if wants_dbone:
                 dbone += torch.bmm(du.permute(1, 2, 0), blocks(x[rows], r).transpose(0, 1))
             if wants_dx:
                 q.transpose(0, 1).baddbmm_(du.transpose(0, 1), b)
-                dx[rows] = q.flatten(1)[:, :in_]
+                if in_ % r:
+                    dx[rows] = q.flatten(1)[:, :in_]
         return dx, None, dbone
 
 
@@ -107,5 +106,5 @@ class BoneLinear(AdapterLinear):
         out, in_ = weight.shape
         r = self.config.r
         rows = torch.arange(out, device=weight.device) % r
-        update = block_product(blocks(weight, r), self.bone) + self.bone[:, rows].transpose(0, 1)  # (out, m, r)
-        return weight + update.flatten(1)[:, :in_]
+        update = torch.bmm(blocks(weight, r).transpose(0, 1), self.bone) + self.bone[:, rows]  # (m, out, r)
+        return weight + update.transpose(0, 1).flatten(1)[:, :in_]

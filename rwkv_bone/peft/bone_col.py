@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .adapter import AdapterLinear, ceil_div, dense
 from .bone import blocks
-from .rounding import rounded_sum
+from .rounding import add_rounded_
 
 PANEL = 256  # rows of W' that are made at once, or r if that is more
 
@@ -36,7 +36,7 @@ def panels(w: Tensor, bone: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 def adapted(w: Tensor, panel: Tensor, b: Tensor) -> Tensor:
     """The rows of W' that belong to the rows w (rows, in), from what `panels` gives for them."""
     update = (panel.flatten(1, 2) @ b).view(panel.shape).add_(b.unsqueeze(2))
-    return rounded_sum(w, update.flatten(0, 1).flatten(1)[: len(w), : w.shape[1]])
+    return add_rounded_(update.flatten(0, 1).flatten(1)[: len(w), : w.shape[1]], w)
 
 
 class BoneColFunction(torch.autograd.Function):

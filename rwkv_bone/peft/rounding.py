@@ -15,9 +15,9 @@ from torch import Tensor
 COLUMN, ROW = 40503, 49473  # the golden ratio's and the plastic ratio's fractions in 2^-16: Kronecker sequences
 
 
-def rounded_sum(x: Tensor, u: Tensor) -> Tensor:
-    """x + u for x and u (n, width) of one dtype: a new tensor, unbiased where the dtype is below float32."""
-    return x + u if torch.finfo(x.dtype).bits >= 32 else dithered(x.float().add_(u), x.dtype)
+def add_rounded_(u: Tensor, x: Tensor) -> Tensor:
+    """u += x for u and x (n, width) of one dtype, unbiased where that is below float32. Returns u."""
+    return u.add_(x) if torch.finfo(u.dtype).bits >= 32 else u.copy_(dithered(x.float().add_(u), u.dtype))
 
 
 def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,7 +27,7 @@ def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:
         (torch.arange(size, device=value.device) * step % 2**16 >> (16 - lost)).to(torch.int32)
         for size, step in zip(value.shape, (ROW, COLUMN))
     )
-    bits = value.view(torch.int32)
+    bits = value.view(torch.int32).clamp_(max=0x7FBFFFFF)  # a NaN of all ones, as GPUs make them, would overflow into a number
     bits += row.unsqueeze(1) ^ column  # 0 ... 2^lost - 1, and each once: carries into the kept bits or is dropped
     bits &= -(2**lost)
     return value.to(dtype)
