@@ -36,61 +36,56 @@ def wkv6_reference(
 def wkv6_chunked(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None = None, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """wkv6_reference in matrix products over chunks of `chunk` tokens (a multiple of 16), stable for every decay.
+    """wkv6_reference in matrix products over chunks of `chunk` tokens (a power of two), stable for every decay.
 
-    Decays are exponentials of sums of log_w that are never positive: across chunks and between sub-chunks of 16 tokens
-    they are split at the later border, and inside a sub-chunk each pair of tokens has its own. (arXiv 2312.06635, 4.3)
+    A chunk sees the tokens before it through the state, and its own by halving: the upper half of 2n tokens sees the
+    lower half through decays that are split at the border between them, for n = chunk / 2, chunk / 4, ... 1. Decays are
+    exponentials of sums of log_w, never of their negatives.
     """
-    SUB = 16
     compute = torch.float64 if r.dtype == torch.float64 else torch.float32
     B, T, H, N = r.shape
     y_dtype = r.dtype
-    chunk = min(chunk, -(-T // SUB) * SUB)
-    C, M = -(-T // chunk), chunk // SUB
+    while chunk >= 2 * T:
+        chunk //= 2
+    C = -(-T // chunk)
 
     def chunks(x: Tensor, dtype: torch.dtype) -> Tensor:  # a padding token adds nothing (k = 0) and forgets nothing
         x = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, C * chunk - T))
-        return x.view(B, C, M, SUB, H, N).permute(0, 4, 1, 2, 3, 5)  # (B, H, C, M, SUB, N)
+        return x.view(B, C, chunk, H, N).permute(0, 3, 1, 2, 4).contiguous()  # (B, H, C, chunk, N)
 
     def exp(x: Tensor) -> Tensor:
         return x.to(compute).exp()
 
-    r, k, v = (chunks(x, compute).contiguous() for x in (r, k, v))
+    r, k, v = (chunks(x, compute) for x in (r, k, v))
     # Sums in float64: their differences keep float32's precision however large the sums are. The bound is a decay of
     # exactly 0 in `compute`, and keeps -inf - -inf out of the differences.
     log_w = chunks(log_w.clamp(min=-120.0 if compute == torch.float32 else -800.0), torch.float64)
-    until = log_w.cumsum(-2)  # from the sub-chunk's start, this token's decay included
+    until = log_w.cumsum(-2)  # from the chunk's start, this token's decay included
     before = until - log_w  # and without it
-    whole = until[..., -1, :]  # (B, H, C, M, N)
-    start = whole.cumsum(-2) - whole  # from the chunk's start to the sub-chunk's
 
-    # a token's own key, and those of its sub-chunk: mask before exp, as above the diagonal the sums would be positive
-    lower = torch.ones(SUB, SUB, dtype=torch.bool, device=r.device).tril(-1).unsqueeze(-1)
-    pairs = exp((before.unsqueeze(-2) - until.unsqueeze(-3)).masked_fill(~lower, -torch.inf))  # (.., t, s, N)
-    scores = ((k.unsqueeze(-3) * pairs) @ r.unsqueeze(-1)).squeeze(-1)  # (.., t, s)
-    y = scores @ v + (r * u.to(compute).view(H, 1, 1, 1, N) * k).sum(-1, keepdim=True) * v
+    y = (r * u.to(compute).view(H, 1, 1, N) * k).sum(-1, keepdim=True) * v
+    n = chunk // 2
+    while n:
+        halves = (B, H, C, chunk // (2 * n), 2, n, N)
+        (k_low, _), (_, r_up), (v_low, _) = (x.view(halves).unbind(-3) for x in (k, r, v))
+        if n > 1:
+            (until_low, _), (_, before_up) = until.view(halves).unbind(-3), before.view(halves).unbind(-3)
+            border = before_up[..., :1, :]
+            r_up = r_up * exp(before_up - border)
+            k_low = k_low * exp(border - until_low)
+        seen = (r_up @ k_low.mT) @ v_low
+        y = y + torch.nn.functional.pad(seen.unsqueeze(-3), (0, 0, 0, 0, 1, 0)).view(B, H, C, chunk, N)
+        n //= 2
 
-    # the keys of earlier sub-chunks of the chunk
-    r_sub = r * exp(before)
-    k_sub = k * exp(whole.unsqueeze(-2) - until)  # decayed to the sub-chunk's end
-    ys = [y[:, :, :, 0]]
-    for m in range(1, M):
-        decay = exp(start[..., m : m + 1, :] - start[..., 1 : m + 1, :]).unsqueeze(-2)  # from each one's end to m
-        keys = (k_sub[:, :, :, :m] * decay).flatten(3, 4)
-        ys.append(y[:, :, :, m] + (r_sub[:, :, :, m] @ keys.mT) @ v[:, :, :, :m].flatten(3, 4))
-    y = torch.stack(ys, 3).flatten(3, 4)  # (B, H, C, chunk, N)
-
-    # earlier chunks, through the state
-    total = start[..., -1, :] + whole[..., -1, :]  # (B, H, C, N)
-    keys = (k_sub * exp(total.unsqueeze(-2) - start - whole).unsqueeze(-2)).flatten(3, 4)
-    added = (keys.mT @ v.flatten(3, 4)).unbind(2)
-    decays = exp(total).unsqueeze(-1).unbind(2)
+    total = until[..., -1:, :]
+    added = ((k * exp(total - until)).mT @ v).unbind(2)
+    decays = exp(total).mT.unbind(2)
     state = r.new_zeros(B, H, N, N) if state is None else state.to(compute)
     states = []
     for decay, kv in zip(decays, added):
         states.append(state)
         state = decay * state + kv
-    y = y + (r_sub * exp(start).unsqueeze(-2)).flatten(3, 4) @ torch.stack(states, 2)
+    y = y + (r * exp(before)) @ torch.stack(states, 2)
     return y.permute(0, 2, 3, 1, 4).reshape(B, C * chunk, H, N)[:, :T].to(y_dtype), state
 
 
