@@ -73,8 +73,9 @@ class Comparison:
     """What the config says beside the flags of train.py."""
 
     steps: int  # optimiser steps of each run
-    held_out: str  # data as data_file; its first `held_out_documents` are the held-out documents
+    held_out: str  # data as data_file is, of which every `held_out_every`-th document is held out, `held_out_documents` in all
     held_out_documents: int = 64
+    held_out_every: int = 1
     fields: dict[str, str] = field(default_factory=dict)  # {"question": "problem"}: names of the fields in jsonl files
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: {} for name in (*METHODS, "none")})
     # label -> options of the method, its own "lrs", and "method" where the label is not a method's name
@@ -103,7 +104,7 @@ class Comparison:
         tuples = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         given = {**given, **tuples}
         found = cls(**{k: v for k, v in given.items() if k in own}, flags={k: v for k, v in given.items() if k in flags})
-        for name, low in (("steps", 1), ("held_out_documents", 2), ("extend", 0), ("workers", 1)):
+        for name, low in (("steps", 1), ("held_out_documents", 2), ("held_out_every", 1), ("extend", 0), ("workers", 1)):
             if not getattr(found, name) >= low:
                 raise UserError(f"{path}: {name} must be at least {low}, not {getattr(found, name)}")
         if not found.seeds or len(set(found.seeds)) < len(found.seeds):
@@ -246,9 +247,12 @@ class Study:
         self.reference = comparison.budget if comparison.budget in comparison.methods else self.entries[0].label
         self.documents = self.open(shared, shared.data_file, model.config.vocab_size)
         self.held_out = self.open(replace(shared, data_type="auto"), comparison.held_out, model.config.vocab_size)
+        self.held_out_ids = range(0, len(self.held_out), comparison.held_out_every)[: comparison.held_out_documents]
         self.epochs = self.count_epochs(shared)
         self.of_all = {"base": model.fingerprint, "data": identity(self.documents), "held_out": identity(self.held_out),
                        "held_out_documents": comparison.held_out_documents}  # fmt: skip
+        if comparison.held_out_every != 1:
+            self.of_all["held_out_every"] = comparison.held_out_every
         out.mkdir(parents=True, exist_ok=True)
         self.file = out / "runs.jsonl"
         self.done = self.read()
@@ -260,8 +264,8 @@ class Study:
         lines = [
             f"base      {shared.load_model}",
             f"data      {shared.data_file}: {len(self.documents):,} documents, {self.documents.total_tokens:,} tokens",
-            f"held out  {c.held_out}: {min(c.held_out_documents, len(self.held_out))} documents, "
-            f"{int(self.held_out.sizes[: c.held_out_documents].sum()):,} tokens, every second one to choose the rate",
+            f"held out  {c.held_out}: {len(self.held_out_ids)} documents, "
+            f"{int(self.held_out.sizes[self.held_out_ids].sum()):,} tokens, every second one to choose the rate",
             f"a run     {c.steps} steps of {rows} rows of at most {shared.ctx_len} tokens",
         ]
         for entry in self.entries:
@@ -337,7 +341,6 @@ class Study:
         if forked:
             context.set_forkserver_preload(["rwkv_bone.comparison_run", "rwkv_bone.training.records"])
         running: dict[Any, tuple[Run, Any]] = {}
-        took: list[float] = []
         began, first = time.monotonic(), len(self.done)
         try:
             while True:
@@ -351,7 +354,6 @@ class Study:
                 for receiver in multiprocessing.connection.wait(list(running)):
                     run, process = running.pop(receiver)
                     result = self.finish(run, process, receiver)
-                    took.append(result["seconds"])
                     self.add(run, result)
                     shutil.rmtree(self.config(run).proj_dir, ignore_errors=True)
                     self.say(run, result, (time.monotonic() - began) / (len(self.done) - first))
@@ -364,7 +366,7 @@ class Study:
         shutil.rmtree(config.proj_dir, ignore_errors=True)
         Path(config.proj_dir).mkdir(parents=True)
         receiver, sender = context.Pipe(duplex=False)
-        data = (run.entry.method == "base", self.documents, self.held_out, self.comparison.held_out_documents)
+        data = (run.entry.method == "base", self.documents, self.held_out, self.held_out_ids)
         process = context.Process(target=comparison_run.child, args=(sender, config, *data), daemon=True)
         process.start()
         sender.close()  # so that the death of the process reads as the end of the pipe
@@ -400,7 +402,6 @@ class Study:
         waiting = self.to_do()
         sweeping = {run.entry.label for run in waiting if run.entry.lrs and run.seed == self.comparison.seeds[0]}
         return len(waiting) + len(sweeping) * (len(self.comparison.seeds) - 1)
-
 
     def at_best(self, entry: Entry) -> list[dict[str, Any]]:
         """The records of an entry at its best rate so far, in the order of seeds; fewer where seeds are not done."""

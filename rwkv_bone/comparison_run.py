@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,23 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def held_out_losses(model: RWKV, documents: Documents, count: int) -> tuple[float, float]:
-    """Mean loss per token of the even documents among the first `count`, and that of the odd ones."""
+def held_out_losses(model: RWKV, documents: Documents, ids: Sequence[int]) -> tuple[float, float]:
+    """Mean loss per token of the documents `ids[0]`, `ids[2]`, ..., and that of `ids[1]`, `ids[3]`, ..."""
     model.eval()
-    order = sorted(range(min(count, len(documents))), key=lambda i: -documents.sizes[i])
+    order = sorted(range(len(ids)), key=lambda place: -documents.sizes[ids[place]])
     halves = np.zeros((2, 2))  # [half, (nats, tokens)]
     for at in range(0, len(order), 8):
-        ids = order[at : at + 8]
-        for i, found in zip(ids, document_losses(model, [documents[i] for i in ids], 512)):
-            halves[i % 2] += found
+        places = order[at : at + 8]
+        for place, found in zip(places, document_losses(model, [documents[ids[place]] for place in places], 512)):
+            halves[place % 2] += found
     nats, tokens = halves.T
     if not tokens.all():
-        raise UserError(f"{documents.name}: half of the first {count} documents hold no token to predict; take more")
+        raise UserError(f"{documents.name}: half of the {len(ids)} held-out documents hold no token to predict; take more")
     choosing, reported = (nats / tokens).tolist()
     return choosing, reported
 
 
-def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Documents, count: int) -> dict[str, Any]:
+def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Documents, ids: Sequence[int]) -> dict[str, Any]:
     """Train as `config` says, or only read the same batches with the untrained model, and measure."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -108,7 +109,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
             losses.append(step["loss"])
             seconds.append(step["t_cost"])
     peak = peak_bytes(device) - before
-    choosing, reported = (math.inf, math.inf) if diverged else held_out_losses(model.to(device), held_out, count)
+    choosing, reported = (math.inf, math.inf) if diverged else held_out_losses(model.to(device), held_out, ids)
     return {
         "choosing_loss": choosing,
         "held_out_loss": reported,

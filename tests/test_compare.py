@@ -236,11 +236,18 @@ def test_other_steps_or_data_are_other_runs(world, done, tmp_path):
     out = copy(done, tmp_path / "out")
     assert len(Study(comparison, out).results()) == 8
     (tmp_path / "other.jsonl").write_text('{"text": "something else"}\n' * 9)
-    for changed in (replace(comparison, steps=3), replace(comparison, flags={**comparison.flags, "ctx_len": 16}),
+    for changed in (replace(comparison, steps=3), replace(comparison, held_out_every=2),
+                    replace(comparison, flags={**comparison.flags, "ctx_len": 16}),
                     replace(comparison, held_out=str(tmp_path / "other.jsonl"))):  # fmt: skip
         assert not Study(changed, out).results()
     moved = replace(comparison, flags={**comparison.flags, "threads": 2})
     assert len(Study(moved, out).results()) == 8
+
+
+def test_held_out_documents_are_spread_over_the_file_if_wanted(world, tmp_path):
+    comparison = Comparison.read(write(world, held_out_every=2, held_out_documents=2))
+    assert list(Study(comparison, tmp_path).held_out_ids) == [0, 2]
+    assert list(Study(replace(comparison, held_out_documents=9), tmp_path).held_out_ids) == [0, 2, 4]
 
 
 def dies(answer, *rest):
