@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,26 +24,42 @@ def blocks(text: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
 
 
+def run_lines(block: str, folder: Path) -> int:
+    """Run a block of commands as they stand, but for this environment's python and programs; how many there were."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    lines = [line for line in block.splitlines() if not line.startswith("pip install")]  # which makes an environment like this
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "python", line
+        if words[1] in ("train.py", "merge.py"):
+            words[1] = str(ROOT / words[1])
+        result = subprocess.run(
+            [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, line + result.stdout + result.stderr
+    return len(lines)
+
+
+@pytest.mark.slow
 def test_the_readmes_own_run_works_line_by_line(tmp_path):
     model = small_model(dtype=torch.float32, vocab_size=257, n_embd=64, dim_att=64, dim_ffn=64)
     save_tensors(tmp_path / "base.pth", {name: t.bfloat16() for name, t in model.state_dict().items()})
     rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(8)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (own,) = [block for block in blocks(README, "sh") if "train.py" in block]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = []
-    for line in own.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] == ["pip", "install"]:
-            continue  # this environment is what it makes
-        if words[1] in ("train.py", "merge.py"):
-            words[1] = str(ROOT / words[1])
-        result = subprocess.run(
-            [sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, line + result.stdout + result.stderr
-        ran.append(line)
-    assert len(ran) == 4 and (tmp_path / "tuned.pth").exists()
+    assert run_lines(own, tmp_path) == 4
+    assert (tmp_path / "tuned.pth").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_run_on_real_data_work(data, tmp_path):
+    shutil.copy(data / "tiny-rwkv6-1m.pth", tmp_path)
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("train", "test"):
+        lines = (data / "gsm8k" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("".join(lines[:6]))
+    (block,) = blocks((ROOT / "docs" / "gsm8k.md").read_text(), "sh")
+    assert run_lines(block, tmp_path) == 4
 
 
 def test_the_readmes_example_of_a_method_is_a_method():
