@@ -101,21 +101,36 @@ def dense(weight: Tensor | nn.Module) -> Tensor:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """plus + x W^T for x (n, in), a frozen weight (out, in), plus (n, out), which is overwritten. Keeps the weight alone.
+    """plus + x W^T for x (n, in), a frozen weight (out, in), plus (n, out), or None. Keeps the weight alone.
 
-    The product is accumulated onto `plus` before the one rounding to x's dtype: a small `plus` added to a finished product in
-    bf16 would mostly vanish, as whatever is below half a unit in the last place of the sum does.
+    `plus` is overwritten: the product is accumulated onto it before the one rounding to x's dtype. A small `plus` added to a
+    finished product in bf16 would mostly vanish, as whatever is below half a unit in the last place of the sum does.
     """
 
     @staticmethod
-    def forward(ctx, plus: Tensor, x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+    def forward(ctx, plus: Tensor | None, x: Tensor, weight: Tensor | nn.Module) -> Tensor:
         ctx.weight = weight
+        if plus is None:
+            return x @ dense(weight).T
         ctx.mark_dirty(plus)
         return plus.addmm_(x, dense(weight).T)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return g, g @ dense(ctx.weight) if ctx.needs_input_grad[1] else None, None
+        wants_plus, wants_x, _ = ctx.needs_input_grad
+        return g if wants_plus else None, g @ dense(ctx.weight) if wants_x else None, None
+
+
+class FrozenLinear(nn.Module):
+    """A projection whose weight is frozen and may be a quantised one: what `nn.Linear` cannot hold."""
+
+    def __init__(self, weight: nn.Module):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return FrozenProduct.apply(None, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.weight.shape[0])
 
 
 def row_panels(rows: int, size: int = 256) -> Iterator[slice]:
@@ -128,6 +143,18 @@ def matches(name: str, parts: Iterable[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
+def projections(model: nn.Module, parts: Iterable[str]) -> list[str]:
+    """Names of the projections without an adapter that lie within `parts`; UserError for a part that holds none."""
+    linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, FrozenLinear)]
+    parts = list(parts)
+    for part in parts:
+        if not any(matches(name, [part]) for name in linears):
+            pairs = {".".join(name.split(".")[-2:]) for name in linears}
+            known = sorted(pairs | {pair.split(".")[0] for pair in pairs})
+            raise UserError(f"--parts {part} names no projection of this model; it has {', '.join(known)}")
+    return [name for name in linears if matches(name, parts)]
+
+
 def inject(
     model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, parts: Iterable[str] = PROJECTIONS
 ) -> list[str]:
@@ -135,14 +162,7 @@ def inject(
 
     A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
     """
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    parts = list(parts)
-    for part in parts:
-        if not any(matches(name, [part]) for name in linears):
-            pairs = {".".join(name.split(".")[-2:]) for name in linears}
-            known = sorted(pairs | {pair.split(".")[0] for pair in pairs})
-            raise UserError(f"--parts {part} names no projection of this model; it has {', '.join(known)}")
-    names = [name for name in linears if matches(name, parts)]
+    names = projections(model, parts)
     for layer in attach(model, method, config, names):
         if not method.starts_from_gradient:
             layer.start()
