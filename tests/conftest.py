@@ -7,10 +7,14 @@ from pathlib import Path
 # a busy machine threads that wait for each other in a spin cost a hundredfold
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
 from rwkv_bone.models.x060 import RWKV, ModelConfig
+
+hypothesis.settings.register_profile("ours", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("ours")
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

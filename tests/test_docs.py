@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_model
 
 from rwkv_bone.checkpoint import save_tensors
 from rwkv_bone.peft import METHODS, inject, merge
-from conftest import small_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
