@@ -85,7 +85,8 @@ def test_a_new_model_trains_from_scratch(world):
     train(world, "--load_model", "", "--peft", "none", *sizes, "--epoch_count", 2, name="scratch")
     seen = losses(world / "scratch")
     assert seen[-1][1] < seen[0][1]
-    assert load_model(world / "scratch" / "rwkv-1.pth").config.n_layer == 1
+    model = load_model(world / "scratch" / "rwkv-1.pth")
+    assert model.config.n_layer == 1 and model.emb.weight.dtype == torch.bfloat16  # as every RWKV program wants it
 
 
 def test_parts_of_the_base_train_beside_the_adapter(world):

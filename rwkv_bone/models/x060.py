@@ -237,6 +237,7 @@ class RWKV(nn.Module):
         self.config = config
         self.op = "auto"
         self.grad_cp = False
+        self.file_dtype = torch.bfloat16  # of the .pth that the model came from, or will become
         # not filled: a normal distribution on the meta device would import half of torch, for seconds
         self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
