@@ -3,9 +3,10 @@
     python -m rwkv_bone.compare CONFIG.json [--out DIR]
 
 The config holds flags of train.py by their names (load_model, data_file, ctx_len, micro_bsz, threads, ...) and the fields of
-`Comparison` below. For each method every rate is tried with the first seed, and the grid is continued while its best rate is
-the outermost; then the other seeds run at the best rate. Half of the held-out documents (every second) chooses the rate, the
-other half is what is reported. A seed sets both the order of the data, the same for all methods, and an adapter's start.
+`Comparison` below. For each method every rate is tried with the first seed, the grid is continued while its best rate is the
+outermost, and refined around it; then the other seeds run at the best rate. Half of the held-out documents (every second)
+chooses the rate, the other half is what is reported. A seed sets both the order of the data, the same for all methods, and an
+adapter's start.
 
 Each run is a process of its own, forked from one that has imported everything: nothing carries over from run to run, and its
 memory is its own. When it ends it becomes one line of DIR/runs.jsonl. Runs found there are not repeated, so that starting again
@@ -83,6 +84,7 @@ class Comparison:
     lrs: tuple[float, ...] = RATES
     lr_final_ratio: float = 1.0  # the last step's rate, as a share of the first one's, by --lr_schedule
     extend: int = 3  # how many rates the grid may grow by, while the best is the outermost
+    refine: int = 1  # how many rates may be tried between them, where a parabola through the best and its neighbours is lowest
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 1  # runs at a time
     flags: dict[str, Any] = field(default_factory=dict)  # those of train.py, which stand beside these in the file
@@ -104,7 +106,8 @@ class Comparison:
         tuples = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         given = {**given, **tuples}
         found = cls(**{k: v for k, v in given.items() if k in own}, flags={k: v for k, v in given.items() if k in flags})
-        for name, low in (("steps", 1), ("held_out_documents", 2), ("held_out_every", 1), ("extend", 0), ("workers", 1)):
+        lowest = {"steps": 1, "held_out_documents": 2, "held_out_every": 1, "extend": 0, "refine": 0, "workers": 1}
+        for name, low in lowest.items():
             if not getattr(found, name) >= low:
                 raise UserError(f"{path}: {name} must be at least {low}, not {getattr(found, name)}")
         if not found.seeds or len(set(found.seeds)) < len(found.seeds):
@@ -196,35 +199,52 @@ def next_rate(lr: float, up: bool) -> float:
     return min(x for x in near if x > 1.5 * lr) if up else max(x for x in near if x < lr / 1.5)
 
 
-def sweep(entry: Entry, seed: int, extend: int, chosen_by: Mapping[Run, float]) -> tuple[list[Run], float]:
-    """The runs of a sweep that are not done yet, and the best rate as far as is known.
+def vertex(points: Iterable[tuple[float, float]]) -> float:
+    """Where a parabola of the logarithm through three (rate, loss), the middle one lowest, is lowest; to two digits."""
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(lr), loss) for lr, loss in points)
+    left, right = (y0 - y1) / (x0 - x1), (y2 - y1) / (x2 - x1)
+    x = (x0 + x1) / 2 - left * (x2 - x0) / (2 * (right - left))  # where the slope, which is `left` at the first middle, is 0
+    return float(f"{math.exp(x):.1e}")
+
+
+def sweep(entry: Entry, seed: int, extend: int, refine: int, chosen_by: Mapping[Run, float]) -> tuple[list[Run], float]:
+    """The runs of a sweep that are known to be wanted and are not done yet, and the best rate so far.
 
     chosen_by  run -> loss on the choosing half of the held-out documents, of the runs that are done
     """
     lrs = list(entry.lrs)
-    for _ in range(extend + 1):
-        missing = [Run(entry, lr, seed) for lr in lrs if Run(entry, lr, seed) not in chosen_by]
-        done = [lr for lr in lrs if Run(entry, lr, seed) in chosen_by]
-        best = min(done, key=lambda lr: chosen_by[Run(entry, lr, seed)]) if done else lrs[0]
+    while True:
+        losses = {lr: chosen_by.get(Run(entry, lr, seed)) for lr in lrs}
+        missing = [Run(entry, lr, seed) for lr, loss in losses.items() if loss is None]
+        best = min((lr for lr in lrs if losses[lr] is not None), key=losses.get, default=lrs[0])
         if missing:
             return missing, best
-        if best == lrs[-1] and math.isfinite(chosen_by[Run(entry, best, seed)]):
+        place = lrs.index(best)
+        if extend and place == len(lrs) - 1 and math.isfinite(losses[best]):
             lrs.append(next_rate(best, up=True))
-        elif best == lrs[0]:
+            extend -= 1
+        elif extend and place == 0:
             lrs.insert(0, next_rate(best, up=False))
+            extend -= 1
+        elif refine and 0 < place < len(lrs) - 1 and math.isfinite(losses[lrs[place + 1]]):
+            found = vertex((lr, losses[lr]) for lr in lrs[place - 1 : place + 2])
+            refine -= 1
+            if all(abs(math.log(found / lr)) > 0.1 for lr in lrs):  # else it was as good as tried
+                lrs = sorted([*lrs, found])
         else:
-            break
-    return [], best
+            return [], best
 
 
-def to_do(entries: Iterable[Entry], seeds: tuple[int, ...], extend: int, chosen_by: Mapping[Run, float]) -> list[Run]:
+def to_do(
+    entries: Iterable[Entry], seeds: tuple[int, ...], extend: int, refine: int, chosen_by: Mapping[Run, float]
+) -> list[Run]:
     """All runs that are known to be wanted and are not done: first the sweeps, then one seed after the other."""
     sweeps, repeats = [], []
     for entry in entries:
         if entry.method == "base":
             repeats += [(number, Run(entry, 0.0, seed)) for number, seed in enumerate(seeds)]
             continue
-        missing, best = sweep(entry, seeds[0], extend, chosen_by)
+        missing, best = sweep(entry, seeds[0], extend, refine, chosen_by)
         sweeps += missing
         if not missing:
             repeats += [(number, Run(entry, best, seed)) for number, seed in enumerate(seeds)]
@@ -319,20 +339,19 @@ class Study:
         self.done[record["key"]] = record
 
     def results(self) -> dict[Run, dict[str, Any]]:
-        """The runs that belong to this comparison, those of every rate that a sweep can reach."""
+        """The runs that belong to this comparison, of whatever rates."""
         found = {}
         for entry in (self.base, *self.entries):
-            lrs = list(entry.lrs) or [0.0]
-            for _ in range(self.comparison.extend if entry.lrs else 0):
-                lrs = [next_rate(lrs[0], False), *lrs, next_rate(lrs[-1], True)]
-            for run in (Run(entry, lr, seed) for lr in lrs for seed in self.comparison.seeds):
+            like = [r for r in self.done.values() if r["method"] == entry.method and r["options"] == dict(entry.options)]
+            for run in {Run(entry, r["lr"], r["seed"]) for r in like if r["seed"] in self.comparison.seeds}:
                 if record := self.done.get(self.key(run)):
                     found[run] = record
         return found
 
     def to_do(self) -> list[Run]:
         chosen_by = {run: record["choosing_loss"] for run, record in self.results().items()}
-        return to_do((self.base, *self.entries), self.comparison.seeds, self.comparison.extend, chosen_by)
+        c = self.comparison
+        return to_do((self.base, *self.entries), c.seeds, c.extend, c.refine, chosen_by)
 
     def run(self) -> None:
         """Do what is not done yet, `workers` runs at a time."""
@@ -408,7 +427,7 @@ class Study:
         results, seeds, best = self.results(), self.comparison.seeds, 0.0
         if entry.lrs:
             chosen_by = {run: record["choosing_loss"] for run, record in results.items()}
-            _, best = sweep(entry, seeds[0], self.comparison.extend, chosen_by)
+            _, best = sweep(entry, seeds[0], self.comparison.extend, self.comparison.refine, chosen_by)
         return [results[run] for run in (Run(entry, best, seed) for seed in seeds) if run in results]
 
 

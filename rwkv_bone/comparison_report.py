@@ -190,6 +190,7 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
         tick.set_color(colours[label])
         tick.set_fontweight("bold" if label == study.reference else "normal")
     right.invert_yaxis()
+    right.locator_params(axis="x", nbins=6)
     right.grid(axis="x", color="#dddddd", lw=0.6)
     right.set(xlabel="nats a token", title="Held-out loss on the other half\na dot a seed, a stroke their mean")
     figure.savefig(path, dpi=130)

@@ -56,12 +56,12 @@ def test_counted_is_what_a_model_with_the_method_trains(method):
 # -------------------------------------------------- the sweep
 
 
-def search(best: float, lrs=(1e-3, 3e-3, 1e-2), extend=3, seeds=(4, 5, 6), diverges_above=math.inf) -> list[Run]:
+def search(best: float, lrs=(1e-3, 3e-3, 1e-2), extend=3, refine=0, seeds=(4, 5, 6), diverges_above=math.inf) -> list[Run]:
     """All runs that are made where the loss is least at the rate `best`, in order, one at a time."""
     entry, made = Entry("m", "lora", (), lrs, 0), {}
-    while waiting := to_do([entry], seeds, extend, made):
+    while waiting := to_do([entry], seeds, extend, refine, made):
         run = waiting[0]
-        made[run] = math.inf if run.lr > diverges_above else abs(math.log(run.lr / best))
+        made[run] = math.inf if run.lr > diverges_above else math.log(run.lr / best) ** 2
         assert len(made) < 50
     return list(made)
 
@@ -83,6 +83,16 @@ def test_the_grid_grows_no_further_than_allowed():
     assert {run.lr for run in runs if run.seed == 6} == {1e-1}
 
 
+def test_a_rate_between_those_of_the_grid_is_found_and_taken():
+    runs = search(1.7e-3, refine=1)
+    assert [run.lr for run in runs if run.seed == 4] == [1e-3, 3e-3, 1e-2, 3e-4, 1.7e-3]
+    assert [run.lr for run in runs if run.seed == 6] == [1.7e-3]
+
+
+def test_a_rate_that_is_as_good_as_tried_is_not_refined():
+    assert search(3.1e-3, refine=2) == search(3.1e-3)
+
+
 def test_where_all_rates_diverge_smaller_ones_are_tried():
     assert {run.lr for run in search(1e-4, diverges_above=5e-4) if run.seed == 5} == {1e-4}
 
@@ -95,7 +105,7 @@ def test_next_rates_are_round_and_apart():
 def test_all_sweeps_come_before_the_other_seeds_and_each_seed_before_the_next():
     entries = [Entry(name, "lora", (), (1e-3,), 0) for name in "ab"]
     made = {}
-    while waiting := to_do(entries, (0, 1, 2), 0, made):
+    while waiting := to_do(entries, (0, 1, 2), 0, 0, made):
         made[waiting[0]] = 1.0
     assert [(run.entry.label, run.seed) for run in made] == [(name, seed) for seed in range(3) for name in "ab"]
 
@@ -124,6 +134,7 @@ def write(folder, name: str = "config.json", **more):
         "steps": 2,
         "lrs": [1e-3, 1e-2],
         "extend": 0,
+        "refine": 0,
         "seeds": [3, 7],
         "methods": {"bone": {"r": 4}, "lora": {}},
         **more,
