@@ -18,7 +18,7 @@ from rwkv_bone.checkpoint import open_tensors, save_tensors
 from tests.conftest import small_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOAD = ["lightning.pytorch.loggers", "rwkv_bone.training.run", "rwkv_bone.training.records", "torch._dynamo"]
+PRELOAD = ["tests.cpu_deepspeed", "deepspeed", "rwkv_bone.training.run", "rwkv_bone.training.records", "torch._dynamo"]
 
 
 def make_world(folder: Path, rows: int = 24) -> Path:
@@ -50,8 +50,12 @@ def arguments(folder: Path, *flags, name: str = "run") -> list[str]:
     return [str(w) for flag, value in usual.items() if flag not in given for w in (flag, value)] + given
 
 
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "loss_data.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "loss_data.jsonl").read_text().splitlines())]
+    return [(line["step"], line["loss"]) for line in lines(folder)]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -111,13 +115,16 @@ def train(argv: list[str], log: Path, environment: dict, before) -> None:
     from rwkv_bone.training.run import main
 
     os.environ.update({name: str(value) for name, value in environment.items()})
+    deepspeed = None
+    if any("deepspeed" in word for word in argv):
+        from tests.cpu_deepspeed import CpuDeepSpeed as deepspeed  # noqa: N813
     torch.set_num_threads(1)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if before is not None:
         before()
-    run(lambda: main(argv))
+    run(lambda: main(argv, deepspeed))
 
 
 def run_to_end(folder: Path, *flags, name: str, ranks: int = 1, before=None) -> Ended:

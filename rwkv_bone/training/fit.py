@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..models.x060 import RWKV
 from ..peft import METHODS, adapters
 from . import resume
+from .engines import make_strategy
 from .memory import estimate, in_words
 
 
@@ -118,9 +119,10 @@ def prepare_folder(config: TrainConfig) -> None:
         raise UserError(f"{folder} holds {results[0].name} and no checkpoint to go on from: --overwrite replaces it")
 
 
-def fit(model: RWKV, data, config: TrainConfig) -> int:
+def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -> int:
     """Train what of `model` requires a gradient on `data`, and leave the files that records.py names in proj_dir.
 
+    `deepspeed` replaces Lightning's DeepSpeedStrategy.
     Returns the exit code: 0 at the run's end, 128 + the signal's number where one stopped it.
     """
     import lightning as L
@@ -129,8 +131,11 @@ def fit(model: RWKV, data, config: TrainConfig) -> int:
     from .module import FineTune
     from .records import Records
 
-    if not any(p.requires_grad for p in model.parameters()):
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if not dtypes:
         raise UserError("nothing trains: no adapter was put on the model and no part of it is trained in full")
+    if len(dtypes) > 1 and config.strategy.startswith("deepspeed_stage_3"):
+        raise UserError("--strategy deepspeed_stage_3 takes no --train_parts of a bf16 base beside fp32 adapters; stage 2 does")
     quiet_lightning()
     model.grad_cp = config.grad_cp
     model.op = config.op
@@ -140,7 +145,7 @@ def fit(model: RWKV, data, config: TrainConfig) -> int:
         accelerator="gpu" if device_type(config) == "cuda" else "cpu",
         devices=device_count(config),
         num_nodes=config.num_nodes,
-        strategy=make_strategy(config),
+        strategy=make_strategy(config, device_count(config) * config.num_nodes, deepspeed),
         precision="32-true",  # dtypes are the model's own: base in base_dtype, adapters float32
         max_epochs=1,  # the loader runs through all epochs
         logger=CSVLogger(config.proj_dir, name="metrics"),
@@ -233,16 +238,9 @@ def device_count(config: TrainConfig) -> int:
     return torch.cuda.device_count() if device_type(config) == "cuda" else 1
 
 
-def make_strategy(config: TrainConfig):
-    """Lightning's engine for `--strategy`."""
-    many = device_count(config) * config.num_nodes > 1
-    if config.strategy == "auto":
-        return "ddp" if many else "auto"
-    return config.strategy
-
-
 def quiet_lightning() -> None:
     """Lightning's hints speak to its programmers; what our users need we print."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

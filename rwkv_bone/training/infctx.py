@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..models.x060 import RWKV, LayerState, State
-from .loss import cross_entropy_sum
+from ..models.x060 import LayerState, State
+
+Forward = Callable[[dict[str, Tensor], State | None], tuple[Tensor, State]]
 
 
 def detached(state: State, requires_grad: bool = False) -> State:
@@ -19,27 +20,23 @@ def detached(state: State, requires_grad: bool = False) -> State:
 
 
 def backward_in_chunks(
-    model: RWKV, micro: dict[str, Tensor], chunk: int, truncate: bool, l2wrap: bool, backward: Callable[[Tensor, bool], None]
+    forward: Forward, micro: dict[str, Tensor], chunk: int, truncate: bool, backward: Callable[[Tensor, bool], None]
 ) -> Tensor:
     """Run micro["idx"] (B, T) in pieces of `chunk` tokens and add its gradients; returns the summed loss.
 
-    `backward(loss, last)` scales a summed loss and takes it backward; `last` marks the final call. truncate cuts the gradient at
-    the borders (cheaper: no second pass, no state kept).
+    `forward(piece, state)` gives a piece's summed loss and the state after it. `backward(loss, last)` scales a summed loss and
+    takes it backward; `last` marks the final call. truncate cuts the gradient at the borders (cheaper: no second pass, no state
+    kept).
     """
     pieces = [
         {name: micro[name][:, start : start + chunk] for name in ("idx", "targets", "reset") if name in micro}
         for start in range(0, micro["idx"].shape[1], chunk)
     ]
-
-    def loss_of(piece: dict[str, Tensor], state: State | None) -> tuple[Tensor, State]:
-        hidden, state = model.hidden(piece["idx"], state, piece.get("reset"))
-        return cross_entropy_sum(hidden, model.head.weight, piece["targets"], l2wrap), state
-
     total: Tensor | float = 0.0
     if truncate:
         state = None
         for i, piece in enumerate(pieces):
-            loss, state = loss_of(piece, state)
+            loss, state = forward(piece, state)
             state = detached(state)
             backward(loss, i == len(pieces) - 1)
             total += loss.detach()
@@ -48,11 +45,12 @@ def backward_in_chunks(
     borders: list[State | None] = [None]
     with torch.no_grad():
         for piece in pieces[:-1]:
-            borders.append(model.hidden(piece["idx"], borders[-1], piece.get("reset"))[1])
+            untrained = {**piece, "targets": torch.full_like(piece["targets"], -100)}  # the head has nothing to do
+            borders.append(forward(untrained, borders[-1])[1])
     from_next: list[Tensor] = []  # the gradient of the final state, from the chunk behind
     for i in reversed(range(len(pieces))):
         start = None if i == 0 else detached(borders.pop(), requires_grad=True)
-        loss, end = loss_of(pieces[i], start)
+        loss, end = forward(pieces[i], start)
         total += loss.detach()
         if from_next:
             end_tensors = [t for layer in end for t in layer]

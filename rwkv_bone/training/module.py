@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..errors import UserError
-from ..models.x060 import RWKV
-from .engines import Engine
+from ..models.x060 import RWKV, State
+from .engines import DeepSpeedEngine, Engine
 from .infctx import backward_in_chunks
 from .loss import cross_entropy_sum
 from .optimiser import make_optimiser
@@ -66,14 +67,14 @@ class FineTune(L.LightningModule):
         if step != self.step:
             raise UserError(f"--resume: device {self.trainer.global_rank} finds step {self.step} in --proj_dir, the first device "
                             f"step {step}; all machines must see the same folder")  # fmt: skip
-        self.engine = Engine(self)
+        self.engine = (DeepSpeedEngine if self.config.strategy.startswith("deepspeed") else Engine)(self)
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         return self.data.loader(trainer.global_rank, trainer.world_size, self.seed, self.step, self.total_steps)
 
     def configure_optimizers(self):
-        return make_optimiser(self.model, self.config)
+        return make_optimiser(self.model, self.config, masters=not self.engine.sharded)
 
     def on_train_start(self) -> None:
         self.step_began = time.perf_counter()
@@ -83,13 +84,27 @@ class FineTune(L.LightningModule):
         tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
 
+    def equal_lengths(self, micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Pad each micro batch to the longest of its number on any device: engines that share out want as many chunks on all."""
+        T = torch.tensor([m["idx"].shape[1] for m in micro_batches], device=self.device)
+        T = self.trainer.strategy.reduce(T, reduce_op="max").tolist()
+        fill = {"idx": 0, "targets": -100, "reset": False}
+        return [
+            {name: F.pad(t, (0, longest - t.shape[1]), value=fill[name]) if name in fill else t for name, t in m.items()}
+            for m, longest in zip(micro_batches, T)
+        ]
+
+    def forward(self, micro: dict[str, Tensor], state: State | None = None) -> tuple[Tensor, State]:
+        """Summed loss over the trained tokens of a micro batch, and the state after it."""
+        hidden, state = self.model.hidden(micro["idx"], state, micro.get("reset"))
+        return cross_entropy_sum(hidden, self.model.head.weight, micro["targets"], self.config.l2wrap), state
+
     def backward_micro(self, micro: dict[str, Tensor], backward: Callable[[Tensor, bool], None]) -> Tensor:
         """Gradients of one micro batch; returns its summed loss."""
         config = self.config
         if config.train_type == "infctx":
-            return backward_in_chunks(self.model, micro, config.chunk_ctx, config.truncate, config.l2wrap, backward)
-        hidden, _ = self.model.hidden(micro["idx"], reset=micro.get("reset"))
-        loss = cross_entropy_sum(hidden, self.model.head.weight, micro["targets"], config.l2wrap)
+            return backward_in_chunks(self.engine.forward, micro, config.chunk_ctx, config.truncate, backward)
+        loss, _ = self.engine.forward(micro)
         backward(loss, True)
         return loss.detach()
 
@@ -104,6 +119,8 @@ class FineTune(L.LightningModule):
         trained, tokens = self.over_devices(
             [sum((m["targets"] >= 0).sum() for m in micro_batches), sum(m["tokens"] for m in micro_batches)]
         )
+        if config.train_type == "infctx" and self.engine.sharded:
+            micro_batches = self.equal_lengths(micro_batches)
         loss_sum = 0.0
         for i, micro in enumerate(micro_batches):
 

@@ -45,12 +45,12 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layerwise_lr: bool) -> list[dict]:
-    """Groups of equal learning rate and decay. Each holds `lr_multiplier`, by which the schedule's rate is multiplied.
+    """Groups of equal learning rate, decay and dtype. Each holds `lr_multiplier`, by which the schedule's rate is multiplied.
 
     Multipliers: the method's own (LoRA+), and RWKV-LM's doubled rate of time_decay. Decay on matrices alone.
     """
     layers = adapters(model)
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    groups: dict[tuple, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -59,13 +59,15 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layerwise
         multiplier = layer.lr_multiplier(last, layer.config) if isinstance(layer, AdapterLinear) else 1.0
         if layerwise_lr and last == "time_decay":
             multiplier *= 2
-        groups.setdefault((multiplier, p.squeeze().ndim >= 2), []).append(p)
+        groups.setdefault((multiplier, p.squeeze().ndim >= 2, p.dtype), []).append(p)
     return [
         {"params": params, "lr": lr * multiplier, "lr_multiplier": multiplier, "weight_decay": weight_decay * decays}
-        for (multiplier, decays), params in groups.items()
+        for (multiplier, decays, _), params in groups.items()
     ]
 
 
-def make_optimiser(model: nn.Module, config) -> MasterAdamW:
+def make_optimiser(model: nn.Module, config, masters: bool = True) -> torch.optim.Optimizer:
+    """`masters`: keep float32 copies of bf16 parameters (an engine that does so itself must not get them)."""
     groups = parameter_groups(model, config.lr_init, config.weight_decay, config.layerwise_lr == 1)
-    return MasterAdamW(groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    kind = MasterAdamW if masters else torch.optim.AdamW
+    return kind(groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps)

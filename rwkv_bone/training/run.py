@@ -13,7 +13,8 @@ from .loader import TrainingData
 from .loss import cross_entropy_sum
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, deepspeed: type | None = None) -> int:
+    """Run a command line; returns the exit code. `deepspeed` replaces Lightning's DeepSpeedStrategy."""
     config = TrainConfig.from_argv(argv)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     model = make_model(config)
     data = TrainingData.open(config, model.config.vocab_size)
     adapt(model, data, config)
-    return fit(model, data, config)
+    return fit(model, data, config, deepspeed)
 
 
 def make_model(config: TrainConfig) -> RWKV:

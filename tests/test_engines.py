@@ -1,0 +1,118 @@
+"""Two devices train as one does with the same samples a step: DDP, and DeepSpeed ZeRO 1, 2, 3, on CPUs over gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv_bone.checkpoint import load_model, open_tensors
+from rwkv_bone.training import resume
+from tests.runs import ROOT, DieAt, arguments, assert_same_run, lines, losses, make_world, run_to_end
+
+ZERO = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3")]
+OFFLOAD = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
+# Adam with this eps is plain gradient descent: unlike Adam it feels a gradient that is off by a factor
+DESCENT = ("--beta1", "0", "--beta2", "0", "--adam_eps", "1e4", "--lr_init", "2e2", "--layerwise_lr", "0")
+KINDS = {
+    "plain": (),
+    "accumulated": ("--accumulate_grad_batches", 2, "--grad_clip", 0.05),
+    "infctx": ("--train_type", "infctx", "--chunk_ctx", 8, "--grad_cp", 1, "--accumulate_grad_batches", 2),
+}
+CASES = [(engine, kind) for kind in ("plain", "accumulated") for engine in ("ddp", *ZERO)]
+CASES += [(engine, "accumulated") for engine in OFFLOAD] + [(engine, "infctx") for engine in ("ddp", "deepspeed_stage_3")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("engines"), rows=19)  # which two devices cannot share evenly
+
+
+def run(world, name: str, *flags, ranks: int = 2):
+    ended = run_to_end(world, *flags, "--devices", ranks, name=name, ranks=ranks)
+    assert ended.codes == [0] * ranks, ended.said
+    return world / name
+
+
+@pytest.fixture(scope="module")
+def one_device(world):
+    return {kind: run(world, kind, *DESCENT, "--micro_bsz", 4, *flags, ranks=1) for kind, flags in KINDS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "kind"), CASES)
+def test_two_devices_equal_one(world, one_device, engine, kind):
+    ours = run(world, f"{engine}_{kind}", *DESCENT, "--micro_bsz", 2, "--strategy", engine, *KINDS[kind])
+    expected = lines(one_device[kind])
+    assert min(line["grad_norm"] for line in expected) > 0.1  # clipping does something
+    for line, other in zip(lines(ours), expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=1e-5), (line["step"], name)
+        assert (line["trained"], line["tokens"], line["lr"]) == (other["trained"], other["tokens"], other["lr"])
+    ours, theirs = (open_tensors(folder / "rwkv-0.pth") for folder in (ours, one_device[kind]))
+    assert ours.keys() == theirs.keys() and max(t.abs().max() for t in theirs.values()) > 1e-4  # they began as zeros
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.slow
+def test_two_devices_by_the_command_line_as_users_type_it(world):
+    ours = run(world, "torchrun", "--strategy", "ddp")
+    argv = [sys.executable, str(ROOT / "train.py"), *arguments(world, "--devices", 2, "--strategy", "ddp", name="typed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 steps") == 0 and done.stdout.count("model  ") == 1  # the first device alone speaks
+    assert_same_run(ours, world / "typed")
+
+
+# a base in bf16 and trained parts of it: float32 masters count;  dropout: random numbers count
+MIXED = ("--peft", "lora", "--lora_dropout", "0.2", "--precision", "bf16", "--epoch_count", 2, "--lr_init", "1e-3",
+         "--save_every_steps", 2, "--resume", "auto")  # fmt: skip
+PARTS = {"deepspeed_stage_1": ("time", "ln"), "deepspeed_stage_2": ("time", "ln"), "deepspeed_stage_3": ()}
+
+
+@pytest.fixture(scope="module")
+def mixed_by_ddp(world):
+    parts = set(PARTS.values())
+    return {p: run(world, f"mixed{len(p)}", *MIXED, "--train_parts", *p, "--strategy", "ddp") for p in parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ZERO)
+def test_zero_keeps_float32_masters_and_goes_on_bitwise(world, mixed_by_ddp, engine):
+    parts = PARTS[engine]
+    flags = (*MIXED, "--train_parts", *parts, "--strategy", engine)
+    unbroken = run(world, f"mixed_{engine}", *flags)
+    assert losses(unbroken) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in losses(mixed_by_ddp[parts])]
+    ours, theirs = (open_tensors(folder / "rwkv-1.pth") for folder in (unbroken, mixed_by_ddp[parts]))
+    assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {name: (t.dtype, t.shape) for name, t in theirs.items()}
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2**-7, atol=2e-3, msg=name)
+    if engine == "deepspeed_stage_1":
+        return
+    killed = world / f"killed_{engine}"
+    ended = run_to_end(world, *flags, "--devices", 2, name=killed.name, ranks=2, before=DieAt(killed, 15))
+    assert ended.codes[0] == -signal.SIGKILL and 0 < resume.steps_saved(killed)[0] < len(losses(unbroken)), ended.said
+    assert run_to_end(world, *flags, "--devices", 2, name=killed.name, ranks=2).codes == [0, 0]
+    assert_same_run(unbroken, killed)
+
+
+def test_zero_3_refuses_two_dtypes(world):
+    flags = (*MIXED, "--train_parts", "ln", "--strategy", "deepspeed_stage_3")
+    ended = run_to_end(world, *flags, name="refused")
+    assert ended.codes == [2] and "stage 2 does" in ended.said
+
+
+@pytest.mark.slow
+def test_zero_3_saves_the_whole_model(world):
+    flags = ("--peft", "none", "--epoch_steps", 2, "--lr_init", "1e-3")
+    ours = run(world, "whole_zero", *flags, "--strategy", "deepspeed_stage_3")
+    theirs = run(world, "whole_ddp", *flags, "--strategy", "ddp")
+    models = [load_model(folder / "rwkv-0.pth") for folder in (ours, theirs)]
+    base = load_model(world / "base.pth", torch.float32)
+    for (name, a), b, before in zip(models[0].state_dict().items(), models[1].state_dict().values(), base.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+        assert not torch.equal(a, before), name
