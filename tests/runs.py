@@ -1,6 +1,6 @@
 """Runs of train.py for tests: a small world to train in, and processes that begin in a tenth of a second.
 
-They are forked from a server that has imported everything, with the environment that torchrun gives to its processes.
+They are forked from a server that has imported everything, with the environment that torchrun or SLURM gives to its processes.
 """
 
 import json
@@ -74,10 +74,20 @@ class Ended(NamedTuple):
     said: str  # stdout and stderr of all
 
 
+def torchrun(rank: int, ranks: int) -> dict:
+    own = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank, **own}
+
+
+def slurm(rank: int, ranks: int) -> dict:
+    job = {"SLURM_JOB_ID": 1, "SLURM_JOB_NAME": "test", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": 0}
+    return {"SLURM_NTASKS": ranks, "SLURM_NTASKS_PER_NODE": ranks, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, **job}
+
+
 class Processes:
     """Ranks 0, 1, ... of one run."""
 
-    def __init__(self, argv: list[str], log: Path, ranks: int = 1, before=None):
+    def __init__(self, argv: list[str], log: Path, ranks: int = 1, before=None, launcher=torchrun):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
@@ -87,8 +97,7 @@ class Processes:
             port = free.getsockname()[1]
         self.processes = []
         for rank in range(ranks):
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
-            environment |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": 1}
+            environment = launcher(rank, ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
             args = (argv, self.logs[rank], environment if ranks > 1 else {}, before if rank == 0 else None)
             self.processes.append(context.Process(target=train, args=args))
             self.processes[-1].start()
@@ -117,7 +126,7 @@ def train(argv: list[str], log: Path, environment: dict, before) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     deepspeed = None
     if any("deepspeed" in word for word in argv):
-        from tests.cpu_deepspeed import CpuDeepSpeed as deepspeed  # noqa: N813
+        from tests.cpu_deepspeed import CpuDeepSpeed as deepspeed
     torch.set_num_threads(1)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_bone.checkpoint import load_state
 from rwkv_bone.training import resume
-from tests.runs import DieAt, Processes, arguments, assert_same_run, losses, make_world, run_to_end
+from tests.runs import DieAt, Processes, arguments, assert_same_run, losses, make_world, run_to_end, slurm, torchrun
 
 # dropout, as random numbers count; trained parts of the base, as not all that trains is an adapter
 FLAGS = ("--peft", "lora", "--lora_dropout", "0.2", "--train_parts", "time", "--epoch_count", "2", "--save_every_steps", "2",
@@ -93,13 +93,15 @@ def test_two_devices_of_which_the_second_is_killed_end_soon_and_go_on(world, unb
     assert_same_run(unbroken_on_two, folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number, ranks):
+@pytest.mark.parametrize(
+    ("number", "ranks", "launcher"),
+    [(signal.SIGINT, 1, None), (signal.SIGTERM, 1, None), (signal.SIGTERM, 2, torchrun), (signal.SIGUSR1, 2, slurm)],
+)
+def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number, ranks, launcher):
     whole = request.getfixturevalue("unbroken" if ranks == 1 else "unbroken_on_two")
     folder = world / f"signal{number}_{ranks}"
     flags = (*FLAGS, "--devices", ranks, "--save_every_steps", 0)
-    run = Processes(arguments(world, *flags, name=folder.name), folder, ranks)
+    run = Processes(arguments(world, *flags, name=folder.name), folder, ranks, launcher=launcher or torchrun)
     while not ((folder / "loss_data.jsonl").exists() and losses(folder)):
         time.sleep(0.005)
     run.signal(number)  # to the first alone: the others hear of it
