@@ -229,18 +229,19 @@ template <> struct Element<double> {
     template <class Call> static INLINE void as(int, const Call& call) { call(double()); }
 };
 
-// The transpose of an np x np matrix in panels.
-template <class F> void transpose(F* to, const F* from, int64_t nv) {
+// Panels first <= b < last of the transpose of an np x np matrix in panels.
+template <class F> void transpose(F* to, const F* from, int64_t nv, int64_t first, int64_t last) {
     constexpr int W = Lanes<F>::W;
     int64_t np = nv * W;
-    for (int64_t a = 0; a < nv; a++)
-        for (int64_t b = 0; b < nv; b++) {
+    for (int64_t b = first; b < last; b++)
+        for (int64_t a = 0; a < nv; a++) {
             Vec<F> x[W];
             UNROLL for (int i = 0; i < W; i++) x[i] = at(from + (a * np + b * W + i) * W);
             flip<F>(x);
-            UNROLL for (int i = 0; i < W; i++) at(to + (b * np + a * W + i) * W) = x[i];
+            UNROLL for (int i = 0; i < W; i++) at(to + ((b - first) * np + a * W + i) * W) = x[i];
         }
 }
+template <class F> void transpose(F* to, const F* from, int64_t nv) { transpose(to, from, nv, 0, nv); }
 
 // ---- matrix products
 
@@ -358,7 +359,7 @@ template <class F> struct Chunk {
     int64_t N, nv;
     F *r, *k, *v, *w;             // w: log_w first
     F *rt, *kh;                   // r_t W(-1, t), k_s W(s, L)
-    F *x8, *x4, *x2;              // of 2n tokens, in the lower half k_s, in the upper r_t, decayed to their border
+    F *x;                         // of 2n tokens, in the lower half k_s, in the upper r_t, decayed to their border
     F *gy, *dr, *dk, *dv;         // (backward only)
     F *decay;                     // the decay of the chunk, one row
     F *a, *da;                    // A and dA, (L, L)
@@ -366,10 +367,10 @@ template <class F> struct Chunk {
     // One vector more than L rows: buffers a power of two apart would share the same few sets of the cache.
     static int64_t size(int64_t nv) { return (nv * L + 1) * W; }
     static int64_t floats(int64_t nv, bool backward) {
-        return (backward ? 13 : 9) * size(nv) + nv * W + (backward ? 2 : 1) * L * L;
+        return (backward ? 11 : 7) * size(nv) + nv * W + (backward ? 2 : 1) * L * L;
     }
     Chunk(F* p, int64_t N, int64_t nv, bool backward) : N(N), nv(nv) {
-        for (F** x : {&r, &k, &v, &w, &rt, &kh, &x8, &x4, &x2}) *x = p, p += size(nv);
+        for (F** x : {&r, &k, &v, &w, &rt, &kh, &x}) *x = p, p += size(nv);
         if (backward)
             for (F** x : {&gy, &dr, &dk, &dv}) *x = p, p += size(nv);
         decay = p, p += nv * W;
@@ -423,7 +424,6 @@ template <class F> struct Chunk {
             }
         }
     }
-
     void decay_queries() {
         for (int64_t o = 0; o < nv * L * W; o += L * W) {
             V d = all(F(1));
@@ -433,43 +433,39 @@ template <class F> struct Chunk {
             }
         }
     }
-
-    void decay_all() {
+    template <int n> INLINE void decay_to_borders() {
         for (int64_t o = 0; o < nv * L * W; o += L * W) {
+            const F *rc = r + o, *kc = k + o, *wc = w + o;
+            F* xc = x + o;
             V e[L], f[L];
-            UNROLL for (int t = 0; t < L; t++) e[t] = at(w + o + t * W);
-            to_end(f, e);
-            UNROLL for (int t = 0; t < L; t++) at(kh + o + t * W) = at(k + o + t * W) * f[t];
-            from_start(f, e);
-            UNROLL for (int t = 0; t < L; t++) at(rt + o + t * W) = at(r + o + t * W) * f[t];
-            to_borders<8>(f, e);
-            UNROLL for (int t = 0; t < L; t++) at(x8 + o + t * W) = at((t & 8 ? r : k) + o + t * W) * f[t];
-            to_borders<4>(f, e);
-            UNROLL for (int t = 0; t < L; t++) at(x4 + o + t * W) = at((t & 4 ? r : k) + o + t * W) * f[t];
-            to_borders<2>(f, e);
-            UNROLL for (int t = 0; t < L; t++) at(x2 + o + t * W) = at((t & 2 ? r : k) + o + t * W) * f[t];
+            UNROLL for (int t = 0; t < L; t++) e[t] = at(wc + t * W);
+            to_borders<n>(f, e);
+            UNROLL for (int t = 0; t < L; t++) at(xc + t * W) = at((t & n ? rc : kc) + t * W) * f[t];
         }
     }
 
     void scores(const F* u) {
-        alignas(64) F x[16];
-        dots(a + 8 * L, x8 + 8 * W, x8, 8, nv);
-        dots(a + 4 * L, x4 + 4 * W, x4, 4, nv);
-        dots(a + 12 * L + 8, x4 + 12 * W, x4 + 8 * W, 4, nv);
-        sixteen(x, nv, [&](int m, int64_t c) __attribute__((always_inline)) {  // (2, 0), (2, 1), (3, 0), (3, 1), (6, 4) ...
-            int q = m / 4 * 4 + 2 + m / 2 % 2, s = m / 4 * 4 + m % 2;
-            return at(x2 + (c * L + q) * W) * at(x2 + (c * L + s) * W);
+        alignas(64) F m[16];
+        decay_to_borders<8>();
+        dots(a + 8 * L, x + 8 * W, x, 8, nv);
+        decay_to_borders<4>();
+        dots(a + 4 * L, x + 4 * W, x, 4, nv);
+        dots(a + 12 * L + 8, x + 12 * W, x + 8 * W, 4, nv);
+        decay_to_borders<2>();
+        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {  // (2, 0), (2, 1), (3, 0), (3, 1), (6, 4) ...
+            int q = i / 4 * 4 + 2 + i / 2 % 2, s = i / 4 * 4 + i % 2;
+            return at(x + (c * L + q) * W) * at(x + (c * L + s) * W);
         });
-        for (int m = 0; m < 16; m++) a[(m / 4 * 4 + 2 + m / 2 % 2) * L + m / 4 * 4 + m % 2] = x[m];
-        sixteen(x, nv, [&](int m, int64_t c) __attribute__((always_inline)) {  // (1, 0), (3, 2) ...
-            if (m >= 8) return V{};
-            return at(r + (c * L + 2 * m + 1) * W) * at(k + (c * L + 2 * m) * W);
+        for (int i = 0; i < 16; i++) a[(i / 4 * 4 + 2 + i / 2 % 2) * L + i / 4 * 4 + i % 2] = m[i];
+        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {  // (1, 0), (3, 2) ...
+            if (i >= 8) return V{};
+            return at(r + (c * L + 2 * i + 1) * W) * at(k + (c * L + 2 * i) * W);
         });
-        for (int m = 0; m < 8; m++) a[(2 * m + 1) * L + 2 * m] = x[m];
-        sixteen(x, nv, [&](int m, int64_t c) __attribute__((always_inline)) {
-            return at(r + (c * L + m) * W) * at(u + c * W) * at(k + (c * L + m) * W);
+        for (int i = 0; i < 8; i++) a[(2 * i + 1) * L + 2 * i] = m[i];
+        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {
+            return at(r + (c * L + i) * W) * at(u + c * W) * at(k + (c * L + i) * W);
         });
-        for (int m = 0; m < 16; m++) a[m * L + m] = x[m];
+        for (int i = 0; i < 16; i++) a[i * L + i] = m[i];
     }
 
     void score_gradients() {
@@ -478,27 +474,29 @@ template <class F> struct Chunk {
         dots(da + 8 * L + 8, gy + 8 * W, v + 8 * W, 8, nv);
     }
 
-    // Adds to dr, dk and gw what the pairs of n tokens above and n below each border give, in one panel.
-    template <int n> INLINE void pair_gradients(V* dr, V* dk, V* gw, const F* x, const V* f, const F* r, const F* k) {
+    // Adds to gr, gk and gw what the pairs of n tokens above and n below each border give, in one panel.
+    template <int n> INLINE void pair_gradients(V* gr, V* gk, V* gw, const V* e, const F* r, const F* k) {
+        V f[L];
+        to_borders<n>(f, e);
         UNROLL for (int mid = n; mid < L; mid += 2 * n) {
-            V sum[n] = {}, run{};
-            UNROLL for (int s = mid - n; s < mid; s++)
-                UNROLL for (int q = 0; q < n; q++) sum[q] += da[(mid + q) * L + s] * at(x + s * W);
-            UNROLL for (int q = n - 1; q >= 0; q--) {
-                V d = sum[q] * f[mid + q];
-                dr[mid + q] += d;
-                gw[mid + q] += run;
-                run += at(r + (mid + q) * W) * d;
+            V up[n] = {}, low[n] = {}, up_run{}, low_run{};
+            UNROLL for (int i = 0; i < n; i++) {
+                int s = mid - n + i, q = mid + i;
+                V x_low = at(k + s * W) * f[s], x_up = at(r + q * W) * f[q];
+                UNROLL for (int j = 0; j < n; j++) {
+                    up[j] += all(da[(mid + j) * L + s]) * x_low;
+                    low[j] += all(da[q * L + mid - n + j]) * x_up;
+                }
             }
-            UNROLL for (int s = 0; s < n; s++) sum[s] = V{};
-            UNROLL for (int q = mid; q < mid + n; q++)
-                UNROLL for (int s = 0; s < n; s++) sum[s] += da[q * L + mid - n + s] * at(x + q * W);
-            run = V{};
-            UNROLL for (int s = 0; s < n; s++) {
-                V d = sum[s] * f[mid - n + s];
-                dk[mid - n + s] += d;
-                gw[mid - n + s] += run;
-                run += at(k + (mid - n + s) * W) * d;
+            UNROLL for (int i = 0; i < n; i++) {
+                int q = mid + n - 1 - i, s = mid - n + i;
+                V d_up = up[n - 1 - i] * f[q], d_low = low[i] * f[s];
+                gr[q] += d_up;
+                gk[s] += d_low;
+                gw[q] += up_run;
+                gw[s] += low_run;
+                up_run += at(r + q * W) * d_up;
+                low_run += at(k + s * W) * d_low;
             }
         }
     }
@@ -519,27 +517,22 @@ template <class F> struct Chunk {
         int64_t o = c * L * W;
         const F *r = this->r + o, *k = this->k + o;
         F *dr = this->dr + o, *dk = this->dk + o, *w = this->w + o;
-        V e[L], f[L], gr[L], gk[L], gw[L], run = pass_through(st, gt, nv * W) * at(decay + c * W);
+        V e[L], before[L], after[L], gr[L], gk[L], gw[L];
         UNROLL for (int t = 0; t < L; t++) e[t] = at(w + t * W);
-        from_start(f, e);
-        UNROLL for (int t = L - 1; t >= 0; t--) {
-            gr[t] = at(dr + t * W) * f[t];
-            gw[t] = run;
-            run += at(r + t * W) * gr[t];
+        from_start(before, e);
+        to_end(after, e);
+        V r_run = pass_through(st, gt, nv * W) * at(decay + c * W), k_run{};
+        UNROLL for (int t = L - 1, s = 0; t >= 0; t--, s++) {
+            gr[t] = at(dr + t * W) * before[t];
+            gk[s] = at(dk + s * W) * after[s];
+            gw[t] = t > s ? r_run : gw[t] + r_run;
+            gw[s] = t > s ? k_run : gw[s] + k_run;
+            r_run += at(r + t * W) * gr[t];
+            k_run += at(k + s * W) * gk[s];
         }
-        run = V{};
-        to_end(f, e);
-        UNROLL for (int t = 0; t < L; t++) {
-            gk[t] = at(dk + t * W) * f[t];
-            gw[t] += run;
-            run += at(k + t * W) * gk[t];
-        }
-        to_borders<8>(f, e);
-        pair_gradients<8>(gr, gk, gw, x8 + o, f, r, k);
-        to_borders<4>(f, e);
-        pair_gradients<4>(gr, gk, gw, x4 + o, f, r, k);
-        to_borders<2>(f, e);
-        pair_gradients<2>(gr, gk, gw, x2 + o, f, r, k);
+        pair_gradients<8>(gr, gk, gw, e, r, k);
+        pair_gradients<4>(gr, gk, gw, e, r, k);
+        pair_gradients<2>(gr, gk, gw, e, r, k);
         UNROLL for (int s = 0; s < L; s += 2) {
             V d = all(da[(s + 1) * L + s]);
             gr[s + 1] += d * at(k + s * W);
@@ -651,7 +644,8 @@ template <class F> struct Heads {
         fetch<true>(p.y, p.type, at);
         c.exponentials();
         fetch(p.k, p.type, next);
-        c.decay_all();
+        c.decay_queries();
+        c.decay_keys();
         c.scores(u);
         fetch(p.v, p.type, next);
         by_columns(nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
@@ -771,15 +765,16 @@ template <class F> struct Heads {
         load(c.r, p.r, p.type, at);
         load(c.gy, p.gy, p.type, at);
         fetch(p.r, p.type, next);
-        c.decay_all();
+        c.decay_queries();
+        c.decay_keys();
         fetch<true>(p.gv, p.type, at);
         c.scores(u);
         fetch(p.gy, p.type, next);
         c.score_gradients();
         fetch<true>(p.gr, p.type, at);
-        transpose(g, gt, nv);
         by_columns(nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
-            product<n.value>(c.dv + j * L * W, c.kh, g + j * np * W, N, np, kUpper, c.a, c.gy + j * L * W);
+            transpose(g, gt, nv, j, j + n.value);
+            product<n.value>(c.dv + j * L * W, c.kh, g, N, np, kUpper, c.a, c.gy + j * L * W);
         });
         save(p.gv, p.type, c.dv, at);
         fetch<true>(p.gk, p.type, at);
