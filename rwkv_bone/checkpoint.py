@@ -27,7 +27,7 @@ from . import __version__
 from .errors import UserError
 from .foreign import UNAIDED, Foreign, translate
 from .models.x060 import RWKV, ModelConfig
-from .peft import METHODS, AdapterLinear
+from .peft import METHODS, AdapterLinear, hf
 from .safetensors import as_bytes, is_safetensors, open_safetensors
 from .web_rwkv import from_web
 
@@ -42,10 +42,7 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
     A safetensors file does as well; web-rwkv's names and shapes become those of a `.pth`.
     """
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: not a file")
+    check_file(path)
     try:
         if is_safetensors(path):
             return from_web(open_safetensors(path)[0])
@@ -62,6 +59,13 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     if not flat or not all(isinstance(t, Tensor) and t.layout is torch.strided for t in tensors.values()):
         raise UserError(f"{path}: wanted a flat .pth, name -> tensor, and found something else")
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def check_file(path: str | Path) -> None:
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: not a file")
 
 
 def reason(error: Exception) -> str:
@@ -98,7 +102,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     fingerprint_ = fingerprint(tensors)
     placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in tensors.items()}
     model.load_state_dict(placed, strict=True, assign=True)
-    model.fingerprint = fingerprint_
+    model.fingerprint, model.file_dtype = fingerprint_, tensors["emb.weight"].dtype
     return model
 
 
@@ -123,13 +127,15 @@ def combine(samples: Iterable[str]) -> str:
 class Streamed(Mapping[str, Tensor]):
     """A file's tensors for reading each of them once, in little memory.
 
-    Mapped pages count as memory in use once they are read, so the mapping is renewed after every 32 MiB. A tensor that was
-    handed out keeps the mapping that it came from. `.tensors` are for looking at dtypes and shapes.
+    Mapped pages count as memory in use once they are read, so the mapping is renewed after every `budget` bytes, or as many as
+    the largest tensor has. A tensor that was handed out keeps the mapping that it came from. `.tensors` are for looking at
+    dtypes and shapes.
     """
 
     def __init__(self, open_: Callable[[], dict[str, Tensor]], budget: int = 32 << 20):
-        self.open, self.budget, self.read = open_, budget, 0
+        self.open, self.read = open_, 0
         self.tensors = open_()
+        self.budget = max(budget, *(tensor.nbytes for tensor in self.tensors.values()))
 
     def __getitem__(self, name: str) -> Tensor:
         size = self.tensors[name].nbytes
@@ -313,6 +319,7 @@ def read_info(path: str | Path) -> dict[str, Any] | None:
 
 def check_sums(path: str | Path) -> None:
     """Read an archive through; UserError unless every member's checksum holds."""
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -407,13 +414,19 @@ def is_projection(shape: tuple[int, ...] | None, name: str) -> bool:
 
 
 def read_adapter(path: str | Path, foreign: Foreign = UNAIDED) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors and what it says about itself; RWKV-PEFT's files are translated, as far as `foreign` tells enough."""
-    tensors = open_tensors(path)
+    """An adapter's tensors and what it says about itself.
+
+    Other programs' are translated: folders of peft, and RWKV-PEFT's files, as far as `foreign` tells enough of them.
+    """
+    if hf.is_folder(path):
+        return hf.read_folder(path)
     info = read_info(path)
-    return (tensors, info) if info is not None else open_foreign(path, foreign)
+    return (open_tensors(path), info) if info is not None else open_foreign(path, foreign)
 
 
 def open_foreign(path: str | Path, foreign: Foreign) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if hf.is_folder(path):
+        return hf.read_folder(path)
     return translate(path, open_tensors(path), foreign.lora_alpha, open_tensors(foreign.init) if foreign.init else None)
 
 

@@ -31,6 +31,7 @@ from .checkpoint import (
     load_adapter,
     load_model,
     open_model,
+    open_tensors,
     sample,
     save_adapter,
     write_pth,
@@ -39,7 +40,7 @@ from .config import Parser
 from .errors import UserError
 from .foreign import UNAIDED, Foreign
 from .models.x060 import RWKV
-from .peft import TRAIN_PARTS, merge
+from .peft import TRAIN_PARTS, hf, merge
 from .safetensors import is_safetensors, write_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -118,7 +119,7 @@ class Merge:
         self.check_bases()
         self.layout = self.make_layout(tensors)
         del tensors
-        self.base = Streamed(lambda: open_model(base)[1])
+        self.base = Streamed(lambda: open_tensors(base))
 
     def check_bases(self) -> None:
         """What can be known before the work: the first adapter's base is this one, the others' is not."""
@@ -281,7 +282,8 @@ def make_parser() -> Parser:
     add("--dtype", choices=tuple(DTYPES), help="of all tensors (default: the base's own; fp16 in safetensors)")
     add("--format", choices=("pth", "safetensors"), help="safetensors: with web-rwkv's names (default: by the name of --output)")
     add("--device", default="cpu", help="where to compute: cpu or cuda (default: cpu)")
-    add("--as", dest="as_", choices=("lora",), help="write a LoRA adapter instead: exact where the method is one, else by SVD")
+    add("--as", dest="as_", choices=("lora", "peft"),
+        help="write an adapter instead: a LoRA (exact where the method is one, else by SVD), or a folder of peft")  # fmt: skip
     add("--rank", type=int, default=0, help="rank of --as lora (default: the adapter's own)")
     add("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA files, which do not say it")
     add("--lora_init", "--pissa_init", default="", metavar="FILE", help="init_pissa.pth of RWKV-PEFT's PiSSA")
@@ -293,7 +295,8 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     output = Path(args.output)
-    check_output(output, [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])], args.overwrite)
+    inputs = [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])]
+    check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
     format = args.format or ("safetensors" if output.suffix in (".st", ".safetensors") else "pth")
     dtype = DTYPES[args.dtype] if args.dtype else web_rwkv.DTYPE if format == "safetensors" else None
     options = Options(Foreign(args.lora_alpha, args.lora_init), dtype, args.device, args.force)
@@ -306,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         check_claims(adapter, args)
         print(f"adapter    {adapter.path}: {description(adapter)}")
     if args.as_:
-        print(write_lora(job, output, args.rank))
+        print(write_lora(job, output, args.rank) if args.as_ == "lora" else write_peft(job, output))
         return 0
     began = time.monotonic()
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in job.layout.values())
@@ -339,16 +342,22 @@ def write_lora(job: Merge, output: Path, rank: int) -> str:
     return "\n".join([*lines, "           missing: size of what the LoRA lacks of the update, relative to the update's"])
 
 
+def write_peft(job: Merge, output: Path) -> str:
+    adapter = job.adapters[0]
+    hf.write_folder(output, adapter.tensors, adapter.info)
+    return f"written    {output}: {adapter.info['method']} as a folder of peft, {len(adapter.layers)} projections"
+
+
 # ---------------------------------------------------------------- what is refused
 
 
-def check_output(output: Path, inputs: list[str], overwrite: bool) -> None:
+def check_output(output: Path, inputs: list[str], overwrite: bool, folder: bool = False) -> None:
     for path in inputs:
         same = os.path.exists(path) and output.exists() and os.path.samefile(path, output)
         if same or os.path.realpath(path) == os.path.realpath(output):
             raise UserError(f"--output {output} is {path} itself; give another name")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {output} is not a file; give a file's name")
+    if output.exists() and not (output.is_dir() if folder else output.is_file()):
+        raise UserError(f"--output {output} is not a {'folder' if folder else 'file'}; give the name of one")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} exists; give another name, or --overwrite")
 
@@ -369,11 +378,13 @@ def check_combination(args: argparse.Namespace, format: str) -> None:
             raise UserError("nothing to do: give --peft_checkpoint, or another --dtype or --format than the base's")
         return
     if len(args.peft_checkpoint) != 1:
-        raise UserError(f"--as lora makes a LoRA of one adapter, and {len(args.peft_checkpoint)} are given")
+        raise UserError(f"--as {args.as_} is made of one adapter, and {len(args.peft_checkpoint)} are given")
     if args.rank < 0:
         raise UserError(f"--rank must be at least 1, not {args.rank}")
+    if args.rank and args.as_ != "lora":
+        raise UserError("--rank is for --as lora")
     if args.dtype or args.format or args.verify:
-        raise UserError("--as lora writes an adapter: --dtype, --format and --verify are for models")
+        raise UserError(f"--as {args.as_} writes an adapter: --dtype, --format and --verify are for models")
 
 
 TYPES = {"bone": ("bone", "miss"), "disha": ("bone", "miss"), "state": ("none",)}  # RWKV-PEFT's name -> methods; others: the same
@@ -399,5 +410,5 @@ def description(adapter: Adapter) -> str:
     words.append(f"{len(adapter.layers)} projections, {len(adapter.parts)} tensors trained in full")
     if "step" in info:
         words.append(f"after step {info['step']}")
-    words.append("from RWKV-PEFT, on an unknown base" if "foreign" in info else f"on {info['base'].get('file', 'a base')}")
+    words.append(f"of {info['foreign']}, on an unknown base" if "foreign" in info else f"on {info['base'].get('file', 'a base')}")
     return ", ".join(words)

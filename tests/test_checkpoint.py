@@ -125,6 +125,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["m.pth"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of ZipFiles that did not come to be
 def test_interrupted_anywhere_in_the_writing_of_an_archive_it_says_so_and_leaves_nothing(tmp_path):
     """Ctrl-C at each line of zipfile in turn: what comes out is that and no other exception, and no file."""
     for moment in range(10**6):

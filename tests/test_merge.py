@@ -1,5 +1,6 @@
 """merge.py: the written file is base + adapter rounded once, other programs can read it, and it is whole or not there."""
 
+import io
 import os
 import re
 import signal
@@ -203,6 +204,17 @@ def test_output_that_is_no_terminal_has_no_control_codes(paths):
     assert headings == ["base", "adapter", "changed", "written", "verified"]
 
 
+def test_on_a_terminal_progress_is_one_line_that_is_wiped_out(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    tensors = [("a", torch.zeros(30)), ("b", torch.zeros(10))]
+    assert list(merging.Progress(160, "merging").of(tensors)) == tensors
+    assert sys.stdout.getvalue() == "\rmerging  75%\rmerging 100%\r" + " " * 12 + "\r"
+
+
 def test_verify_compares_the_written_file_with_base_plus_adapter(paths, tmp_path, capsys):
     def differences(job, path):
         return [float(x) for x in re.search(r"within (\S+) of .* up to (\S+) from", merging.verify(job, path)).groups()]
@@ -309,7 +321,7 @@ def test_adapters_of_rwkv_peft_are_merged_by_their_documented_formulas(kind, pre
     }
     argv = ["--base_model", tmp_path / "base.pth", "--lora_checkpoint", tmp_path / "foreign.pth", "--output", tmp_path / "m.pth"]
     run(*argv, *more.get(kind, []))
-    assert "from RWKV-PEFT, on an unknown base" in capsys.readouterr().out
+    assert "of RWKV-PEFT, on an unknown base" in capsys.readouterr().out
     merged = open_tensors(tmp_path / "m.pth")
     assert list(merged) == list(base)
     for name, tensor in merged.items():
@@ -421,6 +433,29 @@ def test_a_lora_made_of_an_adapter_takes_its_parts_along_and_merges(base, tmp_pa
     a, b = open_tensors(tmp_path / "a_m.pth"), open_tensors(tmp_path / "lora_m.pth")
     assert all(torch.allclose(a[name].float(), b[name].float(), rtol=2**-7, atol=1e-6) for name in a)
     assert a["blocks.0.att.time_decay"].equal(b["blocks.0.att.time_decay"])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bone_col"])
+def test_folders_of_peft_are_written_and_merged_like_the_adapter(method, base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, method, parts=["ln"])
+    argv = ["--base_model", base, "--peft_checkpoint"]
+    run(*argv, tmp_path / "a.pth", "--as", "peft", "--output", tmp_path / "folder")
+    for name in ("a.pth", "folder"):
+        run(*argv, tmp_path / name, "--dtype", "fp32", "--output", tmp_path / f"{name}.merged")
+    a, b = (open_tensors(tmp_path / f"{name}.merged") for name in ("a.pth", "folder"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-5, atol=1e-6) for name in a)
+    with pytest.raises(UserError, match=r"folder exists; give another name, or --overwrite"):
+        run(*argv, tmp_path / "a.pth", "--as", "peft", "--output", tmp_path / "folder")
+    with pytest.raises(UserError, match=r"a\.pth is .*a\.pth itself"):
+        run(*argv, tmp_path / "a.pth", "--as", "peft", "--output", tmp_path / "a.pth", "--overwrite")
+
+
+def test_row_bone_goes_to_peft_by_way_of_a_lora_only(base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, parts=())
+    argv = ["--base_model", base, "--output", tmp_path / "out", "--peft_checkpoint"]
+    with pytest.raises(UserError, match="peft has no method bone; merge the adapter instead, or write it as a LoRA first"):
+        run(*argv, tmp_path / "a.pth", "--as", "peft")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- dtypes and formats
