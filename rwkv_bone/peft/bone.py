@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops import bone_cuda
 from .adapter import AdapterLinear, ceil_div, dense
 from .rounding import add_rounded_
 
@@ -53,34 +54,45 @@ class BoneFunction(torch.autograd.Function):
         in_, (m, r, _) = x.shape[1], bone.shape
         w = dense(weight)
         transposed = bone.to(x.dtype).transpose(1, 2)
-        y = x.new_empty(len(x), w.shape[0])
+        y = x.new_empty(len(x), len(w))
+        fused = bone_cuda.fits(x, None, len(w), r)
         workspace = None  # one for all chunks: fresh memory costs the CPU more than what is done in it
         for rows in chunks(x):
             xs = x[rows]
             workspace = x.new_empty(len(xs), m, r) if workspace is None else workspace
             u = workspace[: len(xs)]
             torch.bmm(blocks(xs, r).transpose(0, 1), transposed, out=u.transpose(0, 1))
-            tile_into(y[rows], u.sum(1))
+            ys, xu = y[rows], u.flatten(1)[:, :in_]
+            if fused:
+                bone_cuda.forward(xs, u, ys)
+            else:
+                tile_into(ys, u.sum(1))
+                add_rounded_(xu, xs)
             # the product is added to the tiles before it is rounded: s is small beside it at the start of a training
-            y[rows].addmm_(add_rounded_(u.flatten(1)[:, :in_], xs), w.T)
+            ys.addmm_(xu, w.T)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         x, bone = ctx.saved_tensors
+        g = g.contiguous()
         in_, r = x.shape[1], bone.shape[-1]
         w = dense(ctx.weight)
         b = bone.to(x.dtype)
         wants_dx, _, wants_dbone = ctx.needs_input_grad
+        fused = bone_cuda.fits(x, g, len(w), r)
         dx = torch.empty_like(x) if wants_dx else None
         dbone = torch.zeros_like(bone) if wants_dbone else None
         workspace = None
         for rows in chunks(x):
             q = blocks(torch.mm(g[rows], w, out=dx[rows] if wants_dx else None), r)  # (n, m, r); of dx itself if r divides
             workspace = torch.empty_like(q) if workspace is None else workspace
-            t = blocks(g[rows], r).sum(1, keepdim=True)
-            du = torch.add(q, t, out=workspace[: len(q)])
+            du = workspace[: len(q)]
+            if fused:
+                bone_cuda.backward(g[rows], q, du)
+            else:
+                torch.add(q, blocks(g[rows], r).sum(1, keepdim=True), out=du)
             if wants_dbone:
                 dbone += torch.bmm(du.permute(1, 2, 0), blocks(x[rows], r).transpose(0, 1))
             if wants_dx:
@@ -98,7 +110,7 @@ class BoneLinear(AdapterLinear):
         self.bone = self.new(ceil_div(weight.shape[1], config.r), config.r, config.r)
 
     def project(self, x: Tensor) -> Tensor:
-        return BoneFunction.apply(x, self.weight, self.bone)
+        return BoneFunction.apply(x.contiguous(), self.weight, self.bone)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -1,0 +1,66 @@
+"""The CUDA kernels of cuda/bone.cu: what Bone does between its matrix products, in bf16, in one pass over memory each.
+
+Built on first use like those of WKV6. Where they cannot be, it is said once, and Bone does the same in several torch operations.
+"""
+
+import ctypes
+import functools
+import sys
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import build, wkv6_cuda
+
+
+def fits(x: Tensor, g: Tensor | None, out: int, r: int) -> bool:
+    """Whether the kernels take x (n, in), in backward g (n, out) too, both contiguous, and pieces of r."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and sizes_fit(x.shape[1], out, r)
+        and not any(t.data_ptr() % 16 for t in (x, g) if t is not None)  # a view into the middle of something
+        and library(x.device) is not None
+    )
+
+
+def sizes_fit(in_: int, out: int, r: int) -> bool:
+    return r % 8 == 0 and r <= 2048 and in_ % r == 0 and out % 8 == 0
+
+
+def forward(x: Tensor, u: Tensor, y: Tensor) -> None:
+    """u (n, m, r) becomes x (n, in) + u, rounded without bias; y (n, out) becomes the sum of u's pieces, in every piece."""
+    n, _, r = u.shape
+    wkv6_cuda.run(library(x.device).bone_forward, x.device, n, x.shape[1], y.shape[1], r, x, u, y)
+
+
+def backward(g: Tensor, q: Tensor, du: Tensor) -> None:
+    """du (n, m, r) becomes q (n, m, r) + the sum of g's (n, out) pieces, in every piece."""
+    n, m, r = q.shape
+    wkv6_cuda.run(library(g.device).bone_backward, g.device, n, m * r, g.shape[1], r, g, q, du)
+
+
+def library(device: torch.device) -> ctypes.CDLL | None:
+    return _load(torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _load(capability: tuple[int, int]) -> ctypes.CDLL | None:
+    cuda = build.source_dir()
+    try:
+        path = build.build(
+            "bone", [build.Object(cuda / "bone.cu")], wkv6_cuda.nvcc(), headers=[cuda / "device.cuh"],
+            flags=("-O3", "-std=c++17", "-arch=sm_{}{}".format(*capability), "-Xcompiler", "-fPIC"),
+        )  # fmt: skip
+        return declare(build.load(path))
+    except UserError as error:
+        print(f"rwkv-bone: Bone's own kernels cannot be used, so its sums take more passes over memory: {error}", file=sys.stderr)
+        return None
+
+
+def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the functions of cuda/bone.cu their C types."""
+    for function in (lib.bone_forward, lib.bone_backward):
+        function.restype, function.argtypes = ctypes.c_int, [ctypes.c_int64] + [ctypes.c_int] * 3 + [ctypes.c_void_p] * 4
+    return lib
