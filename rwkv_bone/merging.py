@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import web_rwkv
+from . import quant, web_rwkv
 from .as_lora import as_lora
 from .checkpoint import (
     Adapter,
@@ -40,7 +40,8 @@ from .config import Parser
 from .errors import UserError
 from .foreign import UNAIDED, Foreign
 from .models.x060 import RWKV
-from .peft import TRAIN_PARTS, hf, merge
+from .peft import PROJECTIONS, TRAIN_PARTS, hf, merge
+from .peft.adapter import matches
 from .safetensors import is_safetensors, write_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -105,6 +106,7 @@ class Options:
     dtype: torch.dtype | None = None  # to write; None: each tensor's own
     device: str = "cpu"
     force: bool = False
+    quant: str = "none"  # merge onto what training with that --quant saw
 
 
 class Merge:
@@ -150,7 +152,7 @@ class Merge:
         """(name, merged tensor), in the layout's order and dtypes."""
         met: list[list[str]] = [[] for _ in self.adapters]  # samples of the model that each adapter meets
         for name, (dtype, shape) in self.layout.items():
-            tensor = self.base.get(name)
+            tensor = self.dequantised(name, self.base.get(name))
             own = self.base.tensors["emb.weight"].dtype if tensor is None else tensor.dtype
             for i, adapter in enumerate(self.adapters):
                 if tensor is not None:
@@ -162,6 +164,12 @@ class Merge:
             yield name, tensor if tensor.dtype == dtype else converted(tensor, dtype, name, self.base_path)
         for adapter, samples in zip(self.adapters[1:], met[1:]):
             adapter.check_base(combine(samples), self.options.force)
+
+    def dequantised(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """The base's tensor as training saw it: a projection that was quantised there, quantised and made dense again."""
+        if self.options.quant == "none" or not (name.endswith(".weight") and matches(name, PROJECTIONS) and tensor.dim() == 2):
+            return tensor
+        return quant.quantise(tensor.to(self.options.device), self.options.quant).dense().cpu()
 
     def changed(self, i: int, name: str, before: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor after adapter i, rounded to `dtype`, on the CPU."""
@@ -234,6 +242,8 @@ class Progress:
 def adapted_model(job: Merge) -> RWKV:
     """Base and adapters as they are used without merging; those before the last are merged and rounded, as the last met them."""
     model = load_model(job.base_path)
+    for name, parameter in model.named_parameters():
+        parameter.data = job.dequantised(name, parameter.data)
     for i, adapter in enumerate(job.adapters):
         if i > 0:
             merge(model)
@@ -288,7 +298,8 @@ def make_parser() -> Parser:
     add("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA files, which do not say it")
     add("--lora_init", "--pissa_init", default="", metavar="FILE", help="init_pissa.pth of RWKV-PEFT's PiSSA")
     add("--type", help="RWKV-PEFT's name of the method; the file must hold that")
-    add("--quant", choices=("none",), default="none", help=argparse.SUPPRESS)
+    add("--quant", choices=("none", *quant.KINDS), default="none",
+        help="merge onto the base as training with this --quant saw it (default: none, onto the base itself)")  # fmt: skip
     return parser
 
 
@@ -299,12 +310,14 @@ def main(argv: list[str] | None = None) -> int:
     check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
     format = args.format or ("safetensors" if output.suffix in (".st", ".safetensors") else "pth")
     dtype = DTYPES[args.dtype] if args.dtype else web_rwkv.DTYPE if format == "safetensors" else None
-    options = Options(Foreign(args.lora_alpha, args.lora_init), dtype, args.device, args.force)
+    options = Options(Foreign(args.lora_alpha, args.lora_init), dtype, args.device, args.force, args.quant)
     check_device(args.device)
     check_combination(args, format)
     job = Merge(Path(args.base_model), [Path(path) for path in args.peft_checkpoint], options)
     sizes = job.sizes
     print(f"base       {job.base_path}: RWKV-6, {sizes.n_layer} layers, n_embd {sizes.n_embd}, vocabulary {sizes.vocab_size}")
+    if args.quant != "none":
+        print(f"           its projections of {' and '.join(PROJECTIONS)} as they are in {args.quant}, dequantised")
     for adapter in job.adapters:
         check_claims(adapter, args)
         print(f"adapter    {adapter.path}: {description(adapter)}")
@@ -383,8 +396,8 @@ def check_combination(args: argparse.Namespace, format: str) -> None:
         raise UserError(f"--rank must be at least 1, not {args.rank}")
     if args.rank and args.as_ != "lora":
         raise UserError("--rank is for --as lora")
-    if args.dtype or args.format or args.verify:
-        raise UserError(f"--as {args.as_} writes an adapter: --dtype, --format and --verify are for models")
+    if args.dtype or args.format or args.verify or args.quant != "none":
+        raise UserError(f"--as {args.as_} writes an adapter: --dtype, --format, --quant and --verify are for models")
 
 
 TYPES = {"bone": ("bone", "miss"), "disha": ("bone", "miss"), "state": ("none",)}  # RWKV-PEFT's name -> methods; others: the same

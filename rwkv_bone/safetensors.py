@@ -68,7 +68,7 @@ def view(data: Tensor, name: str, entry: Mapping) -> Tensor:
     if not all(type(n) is int and 0 <= n <= len(data) for n in numbers) or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the shape and the offsets of {name} do not fit the file")
     part = data[begin:end]
-    if part.data_ptr() % dtype.itemsize:
+    if part.storage_offset() % dtype.itemsize:
         part = part.clone()  # not aligned: the format promises nothing about it
     return part.view(dtype).view(shape)
 

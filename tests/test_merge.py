@@ -28,6 +28,7 @@ from rwkv_bone.checkpoint import (
 from rwkv_bone.errors import UserError
 from rwkv_bone.models.x060 import ModelConfig
 from rwkv_bone.peft import METHODS, adapter_tensors, adapters, inject, merge, train_parts
+from rwkv_bone.quant import quantise_model
 from tests.independent import rwkv_package_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,6 +230,31 @@ def test_verify_compares_the_written_file_with_base_plus_adapter(paths, tmp_path
     model.op = "torch"
     idx = torch.arange(1, 33) * 7919 % 50
     torch.testing.assert_close(merging.logits(load_model(paths["base"]), idx[None]), model(idx[None])[0][0], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- quantised bases
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quant_merges_onto_the_base_as_training_saw_it(kind, make_model, tmp_path, capsys):
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes", reason="nf4 needs bitsandbytes")
+    save_tensors(tmp_path / "base.pth", make_model(dtype=torch.float32, n_embd=32, dim_att=32, dim_ffn=64).state_dict())
+    save_trained(tmp_path / "a.pth", tmp_path / "base.pth")
+    argv = ["--base_model", tmp_path / "base.pth", "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth"]
+    run(*argv, "--quant", kind, "--verify")
+    printed = capsys.readouterr().out
+    assert f"its projections of att and ffn as they are in {kind}, dequantised" in printed
+    assert float(re.search(r"within (\S+) of", printed)[1]) < 1e-4
+    trained = load_model(tmp_path / "base.pth")
+    quantise_model(trained, kind)
+    load_adapter(trained, tmp_path / "a.pth")
+    merge(trained)
+    merged, base = open_tensors(tmp_path / "m.pth"), open_tensors(tmp_path / "base.pth")
+    for name, tensor in trained.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert merged["emb.weight"].equal(base["emb.weight"])
+    assert merged["blocks.0.att.time_maa_w1"].shape == base["blocks.0.att.time_maa_w1"].shape
 
 
 # ---------------------------------------------------------------- several adapters
@@ -632,7 +658,7 @@ BAD = [
     (["--base_model", "adapter.pth", "--peft_checkpoint", "adapter.pth", "--output", "m.pth"], "model without emb.weight"),
     (["--base_model", "base.pth", "--peft_checkpoint", "base.pth", "--output", "base.pth"], "itself"),
     (["--base_model", "base.pth", "--peft_checkpoint", "--output", "m.pth"], "--peft_checkpoint"),
-    ([..., "--quant", "nf4"], "invalid choice: 'nf4'"),
+    ([..., "--quant", "fp4"], "invalid choice: 'fp4'"),
     ([..., "--dtype", "int8"], "invalid choice: 'int8'"),
     ([..., "--device", "abacus"], "--device abacus: this torch has no such device"),
     ([..., "--rank", "4"], "--rank is for --as lora"),
@@ -658,7 +684,7 @@ def test_bad_input_gives_one_line_and_touches_nothing(argv, message, paths, tmp_
 
 
 def test_the_command_ends_with_one_line_and_code_2(paths):
-    done = command(*arguments(paths, "--quant", "int8"))
+    done = command(*arguments(paths, "--quant", "fp4"))
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .*--quant.*\n", done.stderr)
 
