@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rwkv-bone demo", description=__doc__)
     parser.add_argument("folder", nargs="?", default="out/demo", type=Path, help="where everything goes (default: out/demo)")
     parser.add_argument("--scratch", action="store_true", help="begin with a new model instead of the one that is shipped")
-    parser.add_argument("--steps", type=int, default=150, help="steps of each training (default: 150, about a minute)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each training (default: 300, about a minute)")
     args = parser.parse_args(argv)
     folder, steps = args.folder, args.steps
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             "--epoch_count", 2, "--epoch_steps", steps // 2, "--micro_bsz", 16, "--lr_init", "3e-3", "--lr_final", "3e-4", *rate,
             "--proj_dir", tuned)  # fmt: skip
     command("merge", "--base_model", base, "--peft_checkpoint", tuned / "rwkv-1.pth", "--output", merged, "--overwrite")
-    asking = [*tokenizer, "--instruct", "--temperature", 0, "--max_tokens", 60, "--stop", "\n\n"]
+    asking = [*tokenizer, "--instruct", "--temperature", 0, "--max_tokens", 50]
     for question in QUESTIONS:
         asking += ["--prompt", question]
     command("generate", "--model", base, *asking)
