@@ -224,16 +224,19 @@ class Progress:
         self.total, self.what, self.done, self.shown = total, what, 0, time.monotonic()
 
     def of(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            yield name, tensor
-            self.done += tensor.nbytes
-            if sys.stdout.isatty():
-                print(f"\r{self.what} {self.done / self.total:4.0%}", end="", flush=True)
-            elif time.monotonic() - self.shown > 10:
-                self.shown = time.monotonic()
-                print(f"{self.what} {self.done / self.total:4.0%}", flush=True)
-        if sys.stdout.isatty():
-            print("\r" + " " * (len(self.what) + 5) + "\r", end="", flush=True)
+        terminal = sys.stdout.isatty()
+        try:
+            for name, tensor in tensors:
+                yield name, tensor
+                self.done += tensor.nbytes
+                if terminal:
+                    print(f"\r{self.what} {self.done / self.total:4.0%}", end="", flush=True)
+                elif time.monotonic() - self.shown > 10:
+                    self.shown = time.monotonic()
+                    print(f"{self.what} {self.done / self.total:4.0%}", flush=True)
+        finally:
+            if terminal:
+                print("\r" + " " * (len(self.what) + 5) + "\r", end="", flush=True)
 
 
 # ---------------------------------------------------------------- verifying

@@ -767,3 +767,32 @@ def test_merging_400_mb_takes_less_than_250_mb_and_can_be_stopped_at_any_time(tm
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
     assert float(done.stdout.splitlines()[-1]) < 250, done.stderr
     assert open_model(out)[1].keys() == open_model(base)[1].keys()
+
+
+# ---------------------------------------------------------------- docs/merging.md
+
+
+@pytest.mark.slow
+def test_every_command_of_the_documentation_works(make_model, tmp_path):
+    for folder in ("out", "theirs"):
+        (tmp_path / folder).mkdir()
+    base = tmp_path / "base.pth"
+    save_tensors(base, make_model(dtype=torch.bfloat16).state_dict())
+    save_trained(tmp_path / "out" / "rwkv-0.pth", base)
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "out" / "rwkv-0.pth", "--output", tmp_path / "merged.pth")
+    save_trained(tmp_path / "out" / "second.pth", tmp_path / "merged.pth")
+    A, B, A0, B0 = (torch.randn(*shape) for shape in ((8, 24), (16, 8), (8, 24), (16, 8)))
+    key = "blocks.0.att.key"
+    for name in ("lora", "pissa"):
+        torch.save({f"{key}.lora_A": A, f"{key}.lora_B": B}, tmp_path / "theirs" / f"{name}.pth")
+    torch.save({f"model.{key}.init_lora_A": A0, f"model.{key}.init_lora_B": B0}, tmp_path / "theirs" / "init_pissa.pth")
+    text = (ROOT / "docs" / "merging.md").read_text()
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert len(commands) == 7
+    for line in commands:
+        program, script, *argv = line.split()
+        assert (program, script) == ("python", "merge.py")
+        done = subprocess.run([sys.executable, str(ROOT / script), *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, line + done.stderr
+    for flag in re.findall(r"`(--\w+)", text):
+        assert flag in merging.make_parser().format_help(), flag
