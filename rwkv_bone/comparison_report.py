@@ -1,8 +1,8 @@
 """What a comparison found, as files: table.md, table.csv, runs.csv, curves.csv and curves.png. See compare.py.
 
-The picture's first panel shows the gain: a step's loss less that of the untrained model on the same batch. As each batch is new
-when it is met (in the first epoch), and as the methods meet the same ones, this is how fast each learns, without the noise of
-which batch is easy.
+The picture's curves are differences: a step's loss less that of the untrained model, or of the reference method, on the same
+batch. As each batch is new when it is met (in the first epoch), and as the methods meet the same ones, this is how fast each
+learns, without the noise of which batch is easy.
 """
 
 import csv
@@ -129,9 +129,10 @@ def write_csv(path: Path, table: list[Row]) -> None:
 OTHERS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#8c564b", "#7f7f7f", "#17becf", "#bcbd22", "#9467bd", "#1f4e79")
 
 
-def gains(records: Iterable[Row], base: dict[int, Row]) -> list[float]:
-    """Step by step: loss less the untrained model's on the same batch, the mean over seeds."""
-    pairs = [(r["losses"], base[r["seed"]]["losses"]) for r in records if r["seed"] in base]
+def apart(records: Iterable[Row], others: Iterable[Row]) -> list[float]:
+    """Step by step: loss less that of the other record of the same seed, so on the same batch; the mean over seeds."""
+    of_seed = {record["seed"]: record["losses"] for record in others}
+    pairs = [(r["losses"], of_seed[r["seed"]]) for r in records if r["seed"] in of_seed]
     per_seed = [[ours - theirs for ours, theirs in zip(*pair)] for pair in pairs]
     return [statistics.fmean(step) for step in zip(*per_seed)]
 
@@ -142,7 +143,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def picture(study, table: Sequence[Row], path: Path) -> None:
-    """Three panels: the gain step by step, the sweep, the result of every seed."""
+    """Four panels: the loss step by step against the untrained model and the reference, the sweep, the result of every seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,19 +156,22 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
     colours |= {study.reference: "#d62728", "none": "black"}
     widths = {label: 2.6 if label == study.reference else 1.4 for label in labels}
     front = {label: 5 if label == study.reference else 3 for label in labels}
-    results, base = study.results(), {record["seed"]: record for record in study.at_best(study.base)}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.25, 1, 1), layout="constrained")
+    best = {label: study.at_best(entries[label]) for label in labels}
+    results, base, reference = study.results(), study.at_best(study.base), study.at_best(entries[study.reference])
+    figure, ((over, under), (middle, right)) = plt.subplots(2, 2, figsize=(13, 9.6), layout="constrained")
 
     width = max(1, study.comparison.steps // 8)
-    for label in labels:
-        gain = smooth(gains(study.at_best(entries[label]), base), width)
-        left.plot(range(1, len(gain) + 1), gain, color=colours[label], lw=widths[label], zorder=front[label], label=label)
-    left.axhline(0, color="grey", lw=0.8, ls=":")
-    left.set(xlabel="step", title=f"Training loss less the untrained model's on the same batch\n"
-             f"mean over seeds and the last {width} steps, at each method's best rate", ylabel="nats a token")  # fmt: skip
-    left.legend(frameon=False, ncols=2, title="best first")
+    panels = ((over, base, "the untrained model's"), (under, reference, f"{study.reference}'s"))
+    for panel, others, of in panels:
+        for label in labels:
+            curve = smooth(apart(best[label], others), width)
+            panel.plot(range(1, len(curve) + 1), curve, color=colours[label], lw=widths[label], zorder=front[label], label=label)
+        panel.axhline(0, color="grey", lw=0.8, ls=":")
+        panel.set(xlabel="step", ylabel="nats a token", title=f"Training loss less {of} on the same batch\n"
+                  f"each at its best rate, mean over seeds and the last {width} steps")  # fmt: skip
+    over.legend(loc="lower left", frameon=False, ncols=2, title="in the order of held-out loss")
 
-    untrained = max((record["choosing_loss"] for record in base.values()), default=math.inf)
+    untrained = max((record["choosing_loss"] for record in base), default=math.inf)
     lowest = untrained
     for label in labels:
         tried = sorted((run.lr, record["choosing_loss"]) for run, record in results.items()
@@ -182,7 +186,7 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
                title="Sweep of the rate with the first seed:\nloss on the half of the held-out text that chooses")  # fmt: skip
 
     for place, label in enumerate(labels):
-        losses = [record["held_out_loss"] for record in study.at_best(entries[label])]
+        losses = [record["held_out_loss"] for record in best[label]]
         right.plot(losses, [place] * len(losses), "o", ms=6, alpha=0.6, color=colours[label], zorder=3)
         right.plot([statistics.fmean(losses)], [place], "|", ms=18, mew=2, color=colours[label], zorder=4)
     right.set_yticks(range(len(labels)), labels)

@@ -13,6 +13,7 @@ import torch
 from rwkv_bone import compare
 from rwkv_bone.checkpoint import load_adapter, load_model
 from rwkv_bone.compare import Comparison, Entry, Run, Study, match_r, next_rate, projection_shapes, to_do, trained_parameters
+from rwkv_bone.comparison_report import apart, smooth
 from rwkv_bone.data.documents import open_documents
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError
@@ -205,6 +206,13 @@ def test_a_run_is_what_train_py_makes_with_the_same_flags(world, done):
             with torch.no_grad():
                 nll.append(torch.nn.functional.cross_entropy(model(tokens)[0][0, :-1], tokens[0, 1:], reduction="none"))
         assert record[name] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+
+
+def test_curves_are_compared_seed_by_seed():
+    ours = [{"seed": 2, "losses": [3.0, 2.0]}, {"seed": 1, "losses": [4.0, 5.0]}, {"seed": 9, "losses": [0.0, 0.0]}]
+    others = [{"seed": 1, "losses": [1.0, 1.0]}, {"seed": 2, "losses": [2.0, 2.0]}]
+    assert apart(ours, others) == [2.0, 2.0]
+    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
 
 # -------------------------------------------------- going on
