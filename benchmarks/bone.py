@@ -1,7 +1,7 @@
 """Time and memory of Bone's forward and backward beside a frozen projection, LoRA, MiSS, and Bone with a materialised weight.
 
     python benchmarks/bone.py                                     RWKV-6 1.6B, 512 to 16384 tokens, on the GPU if there is one
-    python benchmarks/bone.py --models 1.6B 3B 7B --dtype bf16 --output benchmarks/results
+    python benchmarks/bone.py --models 1.6B 3B 7B --dtype bf16 --output benchmarks/results/bone.md
 
 One run measures all of them in turn, several times, and takes each one's least time: the ratios are what counts. r = 64 for Bone
 and MiSS and r = 32 for LoRA have the same number of parameters on a square projection. LoRA and MiSS are also Hugging Face peft's
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--square", action="store_true", help="the square projections alone, the most of them")
-    parser.add_argument("--output", type=Path, help="folder for the tables, as bone-DEVICE-DTYPE.md")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append the tables to it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -200,8 +200,8 @@ def main() -> None:
             parts.append(table(rows))
             print("\n" + parts[-1], flush=True)
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"bone-{args.device}-{args.dtype}.md").write_text("\n\n".join(parts) + "\n")
+        with open(args.output, "a") as file:
+            file.write("\n\n".join(parts) + "\n\n")
 
 
 if __name__ == "__main__":

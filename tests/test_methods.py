@@ -263,6 +263,20 @@ def test_nothing_of_the_weights_size_is_made_or_kept(name, dtype):
     assert seen.largest >= layer.weight.numel()
 
 
+@every_method
+def test_a_small_update_arrives_whole_in_bf16(name):
+    weight = random_weight(256, 256, torch.bfloat16)
+    layer = trained(name, weight, 16, step=2e-5)  # after one step of Adam at a usual rate
+    if "lora_A" in dict(layer.named_parameters()) and name not in SHIFTED:
+        layer.lora_B.data.mul_(10)  # the first step moves B alone, and A is small: more of it, to be seen above the noise
+    x = torch.randn(8192, 256).bfloat16()
+    base = x.double() @ weight.double().T
+    change = x.double() @ (layer.merged_weight().double() - weight.double()).T
+    share = ((layer(x).double() - base) * change).sum() / change.square().sum()
+    noise = 2**-9 * base.norm() / change.norm() / math.sqrt(change.numel())  # of the share, from the rounding of y alone
+    assert abs(share - 1) < 0.01 + 5 * noise < 0.2
+
+
 WITH_DROPOUT = ("lora", "rslora", "lora_plus", "dora")
 
 

@@ -8,6 +8,21 @@ from torch import Tensor
 
 from .adapter import dense, row_panels
 from .lora import LoraConfig, LoraLinear
+from .rounding import rounded_product
+
+
+class Gain(torch.autograd.Function):
+    """y (n, out) times c (out,) of float32 or more, in y's dtype. c is near 1: y c rounded to the nearest bf16 would be y."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(y, c)
+        return rounded_product(y, c)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        y, c = ctx.saved_tensors
+        return (g * c).to(g.dtype), (g * y).sum(0, dtype=c.dtype)
 
 
 class DoraLinear(LoraLinear):
@@ -32,7 +47,7 @@ class DoraLinear(LoraLinear):
         ])  # fmt: skip
 
     def project(self, x: Tensor) -> Tensor:
-        return (super().project(x) * (self.lora_magnitude_vector / self.row_norms())).to(x.dtype)
+        return Gain.apply(super().project(x), self.lora_magnitude_vector / self.row_norms())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

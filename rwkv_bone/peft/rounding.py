@@ -1,4 +1,4 @@
-"""Sums in low precision that keep, on average, what is too small for one rounding to keep.
+"""Sums and products in low precision that keep, on average, what is too small for one rounding to keep.
 
 What a just started adapter adds is some 1e-4 of what it is added to, and bf16 resolves 4e-3: rounded to the nearest, x + u is x,
 and the adapter does nothing. Here the sum is rounded up with the probability of its distance from the number below, so that its
@@ -18,6 +18,11 @@ COLUMN, ROW = 40503, 49473  # the golden ratio's and the plastic ratio's fractio
 def add_rounded_(u: Tensor, x: Tensor) -> Tensor:
     """u += x for u and x (n, width) of one dtype, unbiased where that is below float32. Returns u."""
     return u.add_(x) if torch.finfo(u.dtype).bits >= 32 else u.copy_(dithered(x.float().add_(u), u.dtype))
+
+
+def rounded_product(y: Tensor, c: Tensor) -> Tensor:
+    """y (n, width) times c (width,) of float32 or more, in y's dtype, unbiased where that is below float32: a new tensor."""
+    return y * c if torch.finfo(y.dtype).bits >= 32 else dithered(y * c, y.dtype)
 
 
 def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:
