@@ -154,6 +154,9 @@ class TrainConfig:
     keep_last: int = flag(2, "output", "step checkpoints to keep")
     resume: str = flag("", "output", "auto: go on from the newest checkpoint in proj_dir, or start if there is none")
     overwrite: bool = flag(False, "output", "start anew in a proj_dir that holds a run")
+    tensorboard: bool = flag(False, "output", "log for TensorBoard too (package tensorboard)")
+    wandb: str = flag("", "output", "log to this Weights & Biases project too (package wandb)")
+    show_batch: bool = flag(False, "output", "print the first batch as text, what is trained marked, and end")
     dry_run: bool = flag(False, "output", "print what would happen, and end")
 
     def __post_init__(self):

@@ -52,6 +52,7 @@ def test_the_loss_falls_and_every_file_is_there(world, finished):
     assert [step for step, _ in seen] == list(range(1, 19))
     assert seen[-1][1] < 0.8 * seen[0][1]
     assert {f"rwkv-{n}.{kind}" for n in range(3) for kind in ("pth", "json")} <= {p.name for p in run.iterdir()}
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert len((run / "train_log.txt").read_text().splitlines()) == 3
     metrics = next(run.glob("metrics/version_*/metrics.csv")).read_text().splitlines()
     assert len(metrics) == 19 and "loss" in metrics[0]

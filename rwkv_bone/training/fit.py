@@ -126,7 +126,6 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     Returns the exit code: 0 at the run's end, 128 + the signal's number where one stopped it.
     """
     import lightning as L
-    from lightning.pytorch.loggers import CSVLogger
 
     from .module import FineTune
     from .records import Records
@@ -148,7 +147,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
         strategy=make_strategy(config, device_count(config) * config.num_nodes, deepspeed),
         precision="32-true",  # dtypes are the model's own: base in base_dtype, adapters float32
         max_epochs=1,  # the loader runs through all epochs
-        logger=CSVLogger(config.proj_dir, name="metrics"),
+        logger=make_loggers(config),
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -179,9 +178,37 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
         raise UserError(f"{what}; --resume auto goes on from what was saved") from error
     except OSError as error:  # a log that cannot be written
         raise UserError(f"{config.proj_dir}: cannot be written ({error.strerror or error}); --resume auto goes on") from error
+    if first:
+        draw(config)
     if not records.interrupted or not first:  # a launcher takes another device's code for a crash
         return 0
     return 128 + (module.stop_requested or signal.SIGTERM)
+
+
+def make_loggers(config: TrainConfig) -> list:
+    """Lightning's CSV log, and what was asked for beside it."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+    loggers = [CSVLogger(config.proj_dir, name="metrics")]
+    try:
+        if config.tensorboard:
+            loggers.append(TensorBoardLogger(config.proj_dir, name="tensorboard"))
+        if config.wandb:
+            loggers.append(WandbLogger(project=config.wandb, save_dir=config.proj_dir))
+    except ModuleNotFoundError:
+        name = "tensorboard" if config.tensorboard and len(loggers) == 1 else "wandb"
+        raise UserError(f"--{name} needs the package {name}: pip install {name}, or leave the flag out") from None
+    return loggers
+
+
+def draw(config: TrainConfig) -> None:
+    """The run's curves as a picture beside its logs; where that cannot be, a line that says why."""
+    from ..plot import plot_runs
+
+    try:
+        plot_runs([config.proj_dir], Path(config.proj_dir) / "loss.png")
+    except UserError as error:
+        print(f"no picture {error}", flush=True)
 
 
 def lost_device(error: RuntimeError) -> bool:

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import TrainConfig
 from ..data.documents import open_documents
 from ..data.samples import Batches
-from ..data.tokenizer import open_tokenizer
+from ..data.tokenizer import Tokenizer, open_tokenizer
 
 
 class Steps(Dataset):
@@ -28,23 +28,28 @@ class Steps(Dataset):
         return [self.batches.batch(epoch, number) for number in range(start, stop)]
 
 
+def make_tokenizer(config: TrainConfig, vocab_size: int) -> Tokenizer:
+    return open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
+
+
 class TrainingData:
     """The documents of a run and how they are cut into samples, micro batches and steps."""
 
-    def __init__(self, documents, config: TrainConfig):
-        self.documents, self.config = documents, config
+    def __init__(self, documents, config: TrainConfig, vocab_size: int = 0):
+        self.documents, self.config, self.vocab_size = documents, config, vocab_size
         self.samples = len(self.batches().samples)
 
     @classmethod
     def open(cls, config: TrainConfig, vocab_size: int) -> "TrainingData":
         """Open --data_file with the tokenizer it needs; every token is checked against the vocabulary."""
         text = config.data_type in ("jsonl", "utf-8") or (config.data_type == "auto" and ".jsonl" in config.data_file)
-        tokenizer = None
-        if text or config.data_file.endswith(".txt"):
-            tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
+        tokenizer = make_tokenizer(config, vocab_size) if text or config.data_file.endswith(".txt") else None
         loss_mask = "all" if config.loss_mask == "none" else config.loss_mask
         documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
-        return cls(documents, config)
+        return cls(documents, config, vocab_size)
+
+    def tokenizer(self) -> Tokenizer:
+        return make_tokenizer(self.config, self.vocab_size)
 
     def batches(self, rank: int = 0, world: int = 1, seed: int = 0) -> Batches:
         c = self.config

@@ -11,6 +11,7 @@ from ..peft import METHODS, inject, start_from_gradients, train_parts
 from .fit import base_dtype, fit
 from .loader import TrainingData
 from .loss import cross_entropy_sum
+from .show import show_batch
 
 
 def main(argv: list[str] | None = None, deepspeed: type | None = None) -> int:
@@ -22,6 +23,9 @@ def main(argv: list[str] | None = None, deepspeed: type | None = None) -> int:
         torch.manual_seed(config.random_seed)
     model = make_model(config)
     data = TrainingData.open(config, model.config.vocab_size)
+    if config.show_batch:
+        print(show_batch(data.batches().batch(0, 0), data.tokenizer()))
+        return 0
     adapt(model, data, config)
     return fit(model, data, config, deepspeed)
 

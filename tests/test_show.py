@@ -1,0 +1,28 @@
+"""`--show_batch`: what is shown as trained is what has a target, and padding is not shown."""
+
+import torch
+
+from rwkv_bone.data.tokenizer import ByteTokenizer
+from rwkv_bone.training.show import show_batch
+
+
+def batch(*rows):
+    width = max(len(idx) for idx, _ in rows)
+    idx = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -100)
+    for b, (text, trained) in enumerate(rows):
+        tokens = torch.tensor(ByteTokenizer(257).encode(text))
+        idx[b, : len(tokens) - 1] = tokens[:-1]
+        for i in trained:
+            targets[b, i - 1] = tokens[i]
+    return {"idx": idx, "targets": targets}
+
+
+def test_trained_text_is_marked_and_padding_left_out():
+    shown = show_batch(batch(("Q: a A: bc", range(7, 10)), ("xyz", range(1, 3))), ByteTokenizer(257), colour=False)
+    assert shown == "--- row 1: 10 tokens, 3 trained\nQ: a A:[[ bc]]\n--- row 2: 3 tokens, 2 trained\nx[[yz]]"
+
+
+def test_on_a_terminal_the_mark_is_green():
+    shown = show_batch(batch(("ab", [1])), ByteTokenizer(257), colour=True)
+    assert shown.endswith("a\x1b[32mb\x1b[0m")
