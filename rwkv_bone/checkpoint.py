@@ -337,7 +337,7 @@ class Adapter:
 
     def __init__(self, path: str | Path, sizes: ModelConfig, foreign: Foreign = UNAIDED):
         tensors, self.info = read_adapter(path, foreign)
-        self.path = path
+        self.path = Path(path)
         self.method, self.config = method_of(self.info, path)
         shapes = replace(sizes, time_state=True).shapes()
         self.parts = [name for name in tensors if name in shapes]
@@ -373,6 +373,7 @@ class Adapter:
 
     def shapes_at(self, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The adapter's tensors on a projection of that shape."""
+        assert self.method and self.config
         try:
             with torch.device("meta"):
                 layer = self.method(torch.empty(weight), self.config)
@@ -395,6 +396,7 @@ class Adapter:
 
     def layer(self, name: str, weight: Tensor) -> AdapterLinear:
         """The adapter on one projection, whose base weight is given."""
+        assert self.method and self.config
         if f"{name}.weight" in self.parts:
             weight = self.tensors[f"{name}.weight"].to(weight.device)
         layer = self.method(weight, self.config)

@@ -42,7 +42,8 @@ def translate(
     path: str | Path, tensors: Mapping[str, Tensor], lora_alpha: float | None = None, init: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors under this program's names, and what an adapter of this program would say about itself."""
-    ours, found = {}, {}
+    ours: dict[str, Tensor] = {}
+    found: dict[str, int] = {}
     for name, tensor in without_prefix(tensors).items():
         layer, _, last = name.rpartition(".")
         method, key, r_dim = KINDS.get((last, tensor.dim()), ("none", last, 0))

@@ -120,6 +120,7 @@ class Merge:
         self.effects: list[dict[str, Effect]] = [{} for _ in adapters]  # of each adapter, by part
         self.check_bases()
         self.layout = self.make_layout(tensors)
+        self.dtype = tensors["emb.weight"].dtype
         del tensors
         self.base = Streamed(lambda: open_tensors(base))
 
@@ -142,7 +143,7 @@ class Merge:
         layout = {name: (dtype or t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         states = any(name.endswith(".time_state") for adapter in self.adapters for name in adapter.parts)
         if states and not self.sizes.time_state:
-            like = layout["emb.weight"][0]
+            like, _ = layout["emb.weight"]
             shapes = replace(self.sizes, time_state=True).shapes()
             layout = {name: layout.get(name, (like, shape)) for name, shape in shapes.items()}
         return layout
@@ -152,20 +153,20 @@ class Merge:
         """(name, merged tensor), in the layout's order and dtypes."""
         met: list[list[str]] = [[] for _ in self.adapters]  # samples of the model that each adapter meets
         for name, (dtype, shape) in self.layout.items():
-            tensor = self.dequantised(name, self.base.get(name))
-            own = self.base.tensors["emb.weight"].dtype if tensor is None else tensor.dtype
+            there = name in self.base
+            tensor = self.dequantised(name, self.base[name]) if there else torch.zeros(shape, dtype=self.dtype)
+            own = tensor.dtype
             for i, adapter in enumerate(self.adapters):
-                if tensor is not None:
+                if there:
                     met[i].append(sample(name, tensor))
                 if adapter.changes(name):
-                    before = torch.zeros(shape, dtype=own) if tensor is None else tensor
-                    tensor = self.changed(i, name, before, dtype if i == len(self.adapters) - 1 else own)
-                    del before  # it would keep its mapping in memory
+                    tensor = self.changed(i, name, tensor, dtype if i == len(self.adapters) - 1 else own)
+                    there = True
             yield name, tensor if tensor.dtype == dtype else converted(tensor, dtype, name, self.base_path)
         for adapter, samples in zip(self.adapters[1:], met[1:]):
             adapter.check_base(combine(samples), self.options.force)
 
-    def dequantised(self, name: str, tensor: Tensor | None) -> Tensor | None:
+    def dequantised(self, name: str, tensor: Tensor) -> Tensor:
         """The base's tensor as training saw it: a projection that was quantised there, quantised and made dense again."""
         if self.options.quant == "none" or not (name.endswith(".weight") and matches(name, PROJECTIONS) and tensor.dim() == 2):
             return tensor
@@ -413,8 +414,8 @@ def check_claims(adapter: Adapter, args: argparse.Namespace) -> None:
         raise UserError(f"{adapter.path}: holds {method}, not --type {args.type}")
     if args.lora_init and "foreign" not in adapter.info:
         raise UserError(f"{adapter.path}: holds itself how it started; leave --lora_init out")
-    if args.lora_alpha is not None and args.lora_alpha != getattr(adapter.config, "alpha", None):
-        says = f"has alpha {adapter.config.alpha:g}" if hasattr(adapter.config, "alpha") else "has no alpha"
+    if args.lora_alpha is not None and args.lora_alpha != (alpha := getattr(adapter.config, "alpha", None)):
+        says = "has no alpha" if alpha is None else f"has alpha {alpha:g}"
         raise UserError(f"{adapter.path}: {method} {says}; leave --lora_alpha {args.lora_alpha:g} out")
 
 
