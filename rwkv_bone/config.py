@@ -112,6 +112,7 @@ class TrainConfig:
     parts: tuple[str, ...] = flag(PROJECTIONS, "method", "projections that get an adapter: att, ffn, att.key, ...")
     train_parts: tuple[str, ...] = flag((), "method", f"parts trained in full beside it: {', '.join(TRAIN_PARTS)}")
     peft_checkpoint: str = flag("", "method", "adapter .pth to start from")
+    peft_init: str = flag("", "method", "with a PiSSA of RWKV-PEFT as --peft_checkpoint: its file of A and B as they started")
     peft_options: dict[str, Any] = field(default_factory=dict)  # r, alpha, ...: a flag each, those that the method has
 
     micro_bsz: int = flag(8, "training", "samples a device takes at once")
@@ -197,11 +198,13 @@ class TrainConfig:
                 given[name] = words(given[name])
         options = {name: given.pop(name) for name in method_options if name in given}
         configs = {name: given.pop(name) for name in COMMUNITY_CONFIGS if name in given}
-        method, from_config, load, _ = method_from_community(given.get("peft", "bone"), configs)
+        method, from_config, load, init = method_from_community(given.get("peft", "bone"), configs)
         given["peft"] = method
         given["peft_options"] = {**from_config, **options}
         if load:
             given.setdefault("peft_checkpoint", load)
+        if init:
+            given.setdefault("peft_init", init)
         given["random_seed"] = max(given.get("random_seed", 0), 0)
         given["precision"] = PRECISIONS[given.get("precision", "auto")]
         config = cls(**given)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors
-from rwkv_bone.errors import run
+from rwkv_bone.errors import UserError, run
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world, run_to_end
 
@@ -142,3 +142,16 @@ def test_bad_input_gets_one_line_and_exit_code_2(world, flags, message, capsys, 
 def test_dry_run_prints_and_writes_no_training_file(world):
     out = train(world, "--dry_run", name="dry")
     assert "steps" in out and not list((world / "dry").iterdir())
+
+
+def test_training_goes_on_from_an_adapter_with_that_adapters_options(world, finished):
+    start = world / "run" / "rwkv-2.pth"
+    flags = ["--peft_checkpoint", str(start), "--lr_init", "0", "--epoch_steps", "1"]
+    argv = arguments(world, *flags, name="further")
+    del argv[argv.index("--r") : argv.index("--r") + 2]
+    assert main(argv) == 0
+    assert json.loads((world / "further" / "rwkv-0.json").read_text())["options"] == {"r": 8}
+    further, before = open_tensors(world / "further" / "rwkv-0.pth"), open_tensors(start)
+    assert all(torch.equal(further[name], before[name]) for name in before)
+    with pytest.raises(UserError, match="has r 8, not 16; leave --r out"):
+        main(arguments(world, *flags, "--r", "16", name="other"))

@@ -1,11 +1,14 @@
 """train.py's body: command line -> configuration -> model, data, adapter -> a finished run."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..checkpoint import load_adapter, load_model
 from ..config import TrainConfig
 from ..errors import UserError
+from ..foreign import Foreign
 from ..models.x060 import RWKV, ModelConfig
 from ..peft import METHODS, inject, start_from_gradients, train_parts
 from .fit import base_dtype, fit
@@ -26,7 +29,7 @@ def main(argv: list[str] | None = None, deepspeed: type | None = None) -> int:
     if config.show_batch:
         print(show_batch(data.batches().batch(0, 0), data.tokenizer()))
         return 0
-    adapt(model, data, config)
+    config = adapt(model, data, config)
     return fit(model, data, config, deepspeed)
 
 
@@ -46,15 +49,23 @@ def make_model(config: TrainConfig) -> RWKV:
     return model.to(base_dtype(config))
 
 
-def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> None:
-    """Put the chosen adapter on the model, or an earlier one's values with it; the rest of the base is frozen."""
+def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> TrainConfig:
+    """Put the chosen adapter on the model, or an earlier one's values with it; the rest of the base is frozen.
+
+    Returns the configuration with the options that the earlier adapter has.
+    """
     if config.peft == "none":
         model.requires_grad_(True)
-        return
+        return config
     if config.peft_checkpoint:
-        info = load_adapter(model, config.peft_checkpoint)
+        foreign = Foreign(config.peft_options.get("alpha"), config.peft_init)
+        info = load_adapter(model, config.peft_checkpoint, foreign=foreign)
         if info["method"] != config.peft:
             raise UserError(f"{config.peft_checkpoint} holds {info['method']}; --peft {config.peft} cannot start from it")
+        for name, value in config.peft_options.items():
+            if info["options"].get(name) != value:
+                X
+        config = replace(config, peft_options=dict(info["options"]))
     else:
         method = METHODS[config.peft]
         options = method.config_from(config.peft_options, config.peft)
@@ -64,6 +75,7 @@ def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> None:
             micro_batches = [first.batch(0, n) for n in range(min(options.init_batches, len(first)))]
             start_from_gradients(model, lambda micro: mean_loss(model, micro), micro_batches)
     train_parts(model, config.train_parts)
+    return config
 
 
 def mean_loss(model: RWKV, micro: dict[str, Tensor]) -> Tensor:
