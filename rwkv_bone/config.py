@@ -138,7 +138,7 @@ class TrainConfig:
     chunk_ctx: int = flag(512, "training", "tokens of a chunk with --train_type infctx")
     truncate: bool = flag(False, "training", "infctx: no gradient across chunk borders; faster")
     l2wrap: bool = flag(True, "training", "RWKV's pull on each position's largest logit")
-    random_seed: int = flag(0, "training", "seed of data order, dropout and new tensors; -1, RWKV-LM's default, is 0")
+    random_seed: int = flag(0, "training", "seed of data order, dropout and new tensors; -1: a new one each time")
 
     accelerator: str = flag("auto", "devices", "auto takes a GPU if there is one", choices=("auto", "gpu", "cuda", "cpu"))
     devices: str = flag("auto", "devices", "number of devices; auto: all GPUs, or one CPU process")
@@ -205,7 +205,6 @@ class TrainConfig:
             given.setdefault("peft_checkpoint", load)
         if init:
             given.setdefault("peft_init", init)
-        given["random_seed"] = max(given.get("random_seed", 0), 0)
         given["precision"] = PRECISIONS[given.get("precision", "auto")]
         config = cls(**given)
         return config if config.lr_final >= 0 else replace(config, lr_final=config.lr_init)

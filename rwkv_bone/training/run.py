@@ -63,8 +63,9 @@ def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> TrainConfig:
         if info["method"] != config.peft:
             raise UserError(f"{config.peft_checkpoint} holds {info['method']}; --peft {config.peft} cannot start from it")
         for name, value in config.peft_options.items():
-            if info["options"].get(name) != value:
-                X
+            found = info["options"].get(name)
+            if found != value:
+                raise UserError(f"{config.peft_checkpoint} has {name} {found}, not {value}; leave --{name} out")
         config = replace(config, peft_options=dict(info["options"]))
     else:
         method = METHODS[config.peft]
