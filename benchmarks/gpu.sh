@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# All that awaits a GPU, in one command: builds the kernels, tests them, checks them with compute-sanitizer, measures.
+# `bash benchmarks/gpu.sh [FOLDER]` leaves its results in FOLDER (benchmarks/results). PYTHON names the interpreter.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+failed=0
+
+step() {  # name, command...: its output goes to the terminal and to a file
+  echo "== $1"
+  "${@:2}" 2>&1 | tee "$out/gpu-$1.txt" || { echo "FAILED: $1"; failed=1; }
+}
+
+step doctor "$python" -m rwkv_bone.doctor
+step tests "$python" -m pytest -q tests/test_wkv6_gpu.py tests/test_bone_cuda.py
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck; do
+    step "$tool" compute-sanitizer --error-exitcode 1 --tool "$tool" "$python" -m pytest -q tests/test_wkv6_gpu.py -k sanitizer
+  done
+else
+  echo "compute-sanitizer is not here: memcheck and racecheck did not run"
+fi
+step wkv6 "$python" benchmarks/wkv6.py --device cuda --output "$out"
+step bone "$python" benchmarks/bone.py --device cuda --dtype bf16
+step train_step "$python" benchmarks/train_step.py --device cuda --n_layer 24 --n_embd 2048 --vocab_size 65536 \
+  --micro_bsz 8 --ctx_len 4096 --grad_cp
+exit $failed
