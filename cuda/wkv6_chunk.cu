@@ -42,6 +42,16 @@ constexpr float MIN_LOG_W = -16.625f;
 constexpr uint32_t MIN_LOG_W_TWICE = 0xc185c185u;  // as bf16, in both halves
 constexpr uint32_t ONES = 0x3f803f80u;
 
+// Blocks that a multiprocessor shall hold: four fit into the shared memory of sm_90 and sm_100 (228 KB), three into that of
+// sm_80. On sm_86, sm_89 and sm_120 (100 KB) it is two of the forward and one of the backward kernel.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+#define FORWARD_BLOCKS 2
+#define BACKWARD_BLOCKS 1
+#else
+#define FORWARD_BLOCKS 4
+#define BACKWARD_BLOCKS 4
+#endif
+
 struct Shape {
   int T, H, segments;
   __device__ int chunks() const { return (T + L - 1) / L; }
@@ -61,6 +71,8 @@ struct Tile {
   float c[2][4];
 };
 
+// The compiler cannot know that threadIdx.x / 32 is the same for a whole warp; like this it can, and saves registers.
+DEVICE int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
 DEVICE int row_of(int lane) { return lane / 4; }
 DEVICE int col_of(int lane) { return 2 * (lane % 4); }
 
@@ -72,6 +84,13 @@ DEVICE void add_half_product(Tile& d, const Block& a, const Block& b) {
 DEVICE void add_product(Tile& d, const Block& a, const Block& b) {
   add_half_product<0>(d, a, b);
   add_half_product<1>(d, a, b);
+}
+
+// The same in halves of the sum. No operand has to lie in pairs for it, so it saves moves where a block is the first operand
+// here and the second one elsewhere.
+DEVICE void add_product_by_halves(Tile& d, const Block& a, const Block& b) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) mma_bf16_k8(d.c[i % 2], a.x + i / 2 * 2, b.x[i]);
 }
 
 DEVICE Block rounded(const Tile& t) {
@@ -107,18 +126,40 @@ DEVICE Tile indexed(F f) {  // out.c[n][i] = f(n, i)
 DEVICE Tile times(const Tile& a, const Tile& b) {
   return each([](float x, float y) { return x * y; }, a, b);
 }
+// Columns 8 n to 8 n + 7 alone.
+struct Half {
+  float c[4];
+};
+template <class F>
+DEVICE Half indexed_half(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+DEVICE Half floats(const Block& b, int n) {
+  return {{low_bf16(b.x[2 * n]), high_bf16(b.x[2 * n]), low_bf16(b.x[2 * n + 1]), high_bf16(b.x[2 * n + 1])}};
+}
+DEVICE Half half(const Tile& t, int n) { return {{t.c[n][0], t.c[n][1], t.c[n][2], t.c[n][3]}}; }
+DEVICE void round_into(Block& b, int n, const Half& x) {
+  b.x[2 * n] = pack_bf16(x.c[0], x.c[1]), b.x[2 * n + 1] = pack_bf16(x.c[2], x.c[3]);
+}
+DEVICE Half times(const Half& a, const Half& b) {
+  return {{a.c[0] * b.c[0], a.c[1] * b.c[1], a.c[2] * b.c[2], a.c[3] * b.c[3]}};
+}
+DEVICE void add_product_of(float (&sum)[4], const Half& a, const Half& b) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum[i] += a.c[i] * b.c[i];
+}
 DEVICE Block scaled(const Block& b, const Tile& by) { return rounded(times(floats(b), by)); }
 
 // ---- blocks in shared memory. Each form is free of bank conflicts for the accesses named here.
 //
 // slice: 16 tokens, 32 bytes each, of one warp's channels; the two 16-byte pieces swapped in every other four rows.
-// sheet: 16 tokens, 128 bytes each, all channels; piece p of row i lies at p ^ (i % 8).
+// sheet: four slices, all channels.
 // tiled: the four registers of a block one after the other, each an 8x8 matrix of 128 bytes.
 //
 // mma's first operand is four registers in a row, the second pairs of two: ldmatrix can load in the order of either use, and
 // saves moves when told which.
 
-constexpr int BLOCK_BYTES = 512, SHEET_BYTES = 2048;
+constexpr int BLOCK_BYTES = 512;
 enum Order { FIRST, SECOND };
 
 // Which 8x8 matrix of the block, and which row of it, a lane addresses for ldmatrix.
@@ -148,19 +189,6 @@ DEVICE Block load_slice_transposed(const unsigned char* slice, int lane) {
   return load_block<order, true>(slice + slice_offset(part.i + 8 * part.n, part.h));
 }
 
-// The block of channels 16 q to 16 q + 15. q changes two bits of the offset, and they carry nothing.
-DEVICE int sheet_offset(int token, int piece) { return token * 128 + ((piece ^ (token & 7)) << 4); }
-template <Order order>
-DEVICE Block load_sheet(const unsigned char* sheet, int q, int lane) {
-  const Part part(lane, order);
-  return load_block<order, false>(sheet + (sheet_offset(part.i + 8 * part.h, part.n) ^ (q << 5)));
-}
-template <Order order>
-DEVICE Block load_sheet_transposed(const unsigned char* sheet, int q, int lane) {
-  const Part part(lane, order);
-  return load_block<order, true>(sheet + (sheet_offset(part.i + 8 * part.n, part.h) ^ (q << 5)));
-}
-
 DEVICE void store_tiled(unsigned char* tiled, const Block& b, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(tiled + 128 * i + 4 * lane) = b.x[i];
@@ -178,33 +206,34 @@ DEVICE Block load_tiled_transposed(const unsigned char* tiled, int lane) {
 template <class X>
 constexpr int slice_bytes = L * 16 * sizeof(X);
 
-DEVICE void copy_slice(unsigned char* to, const bf16* from, int64_t stride, int tokens, int lane) {
+DEVICE void copy_slice(unsigned char* to, const bf16* from, unsigned stride, int tokens, int lane) {
   const int token = lane / 2, piece = lane % 2;
-  cp_async_16(to + slice_offset(token, piece), from + token * stride + 8 * piece, token < tokens);
+  cp_async_16(to + slice_offset(token, piece), from + (token * stride + 8 * piece), token < tokens);
 }
 // A slice of floats: 64 bytes a token, piece p of row i at p ^ (i / 2 % 4).
 DEVICE int float_slice_offset(int token, int piece) { return token * 64 + ((piece ^ (token >> 1 & 3)) << 4); }
-DEVICE void copy_slice(unsigned char* to, const float* from, int64_t stride, int tokens, int lane) {
+DEVICE void copy_slice(unsigned char* to, const float* from, unsigned stride, int tokens, int lane) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int token = lane / 4 + 8 * i, piece = lane % 4;
-    cp_async_16(to + float_slice_offset(token, piece), from + token * stride + 4 * piece, token < tokens);
+    cp_async_16(to + float_slice_offset(token, piece), from + (token * stride + 4 * piece), token < tokens);
   }
 }
-DEVICE void copy_sheet(unsigned char* to, const bf16* from, int64_t stride, int tokens, int thread) {
+using Sheet = unsigned char[4][BLOCK_BYTES];
+DEVICE void copy_sheet(Sheet& to, const bf16* from, unsigned stride, int tokens, int thread) {
   const int token = thread / 8, piece = thread % 8;
-  cp_async_16(to + sheet_offset(token, piece), from + token * stride + 8 * piece, token < tokens);
+  cp_async_16(to[piece / 2] + slice_offset(token, piece % 2), from + (token * stride + 8 * piece), token < tokens);
 }
 
-// b[token, channel], through `scratch` (BLOCK_BYTES of the warp's own).
-DEVICE void write_slice(bf16* to, const Block& b, int64_t stride, int tokens, unsigned char* scratch, int lane) {
+// b[token, channel], through `scratch` (BLOCK_BYTES of the warp's own): tiled, but with the two halves of the 8x8 matrices of
+// the last eight channels swapped, as reading 32 bytes a token would meet banks twice.
+DEVICE void write_slice(bf16* to, const Block& b, unsigned stride, int tokens, unsigned char* scratch, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    *reinterpret_cast<uint32_t*>(scratch + slice_offset(row_of(lane) + 8 * (i % 2), i / 2) + 2 * col_of(lane)) = b.x[i];
+  for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(scratch + 128 * i + (4 * lane ^ i / 2 * 64)) = b.x[i];
   __syncwarp();
   const int token = lane / 2, piece = lane % 2;
-  const uint4 x = *reinterpret_cast<const uint4*>(scratch + slice_offset(token, piece));
-  if (token < tokens) *reinterpret_cast<uint4*>(to + token * stride + 8 * piece) = x;
+  const unsigned char* const from = scratch + 128 * (token / 8 + 2 * piece) + (16 * (token % 8) ^ 64 * piece);
+  if (token < tokens) *reinterpret_cast<uint4*>(to + (token * stride + 8 * piece)) = *reinterpret_cast<const uint4*>(from);
 }
 
 // ---- decays
@@ -215,6 +244,17 @@ DEVICE void write_slice(bf16* to, const Block& b, int64_t stride, int tokens, un
 template <class W>
 struct LogDecay {  // [channel, token], clamped
   Block part[sizeof(W) == 2 ? 1 : 2];
+
+  // Which elements are at the bound: bits 15 - i and 31 - i for the low and high half of register i.
+  __device__ uint32_t at_bound() const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t magnitude = part[0].x[i] & 0x7fff7fffu;  // bf16 are in order as integers; no carry between halves
+      bits |= ((magnitude + 0x80008000u - (MIN_LOG_W_TWICE & 0x7fff7fffu)) & 0x80008000u) >> i;
+    }
+    return bits;
+  }
 };
 
 template <Order order>
@@ -225,10 +265,11 @@ DEVICE void load(LogDecay<bf16>& w, const unsigned char* slice, int lane) {
 }
 template <Order>
 DEVICE void load(LogDecay<float>& w, const unsigned char* slice, int lane) {
+  const int first = float_slice_offset(col_of(lane), row_of(lane) / 4) + row_of(lane) % 4 * 4;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int channel = row_of(lane) + 8 * (i % 2), token = col_of(lane) + 8 * (i / 2);
-    const unsigned char* at = slice + float_slice_offset(token, channel / 4) + channel % 4 * 4;  // token + 1: 64 bytes on
+    // eight channels on: two pieces, another bit of the offset; eight tokens on: 512 bytes; one token on: 64
+    const unsigned char* const at = slice + (first ^ i % 2 * 32) + i / 2 * 512;
     const float a = fmaxf(*reinterpret_cast<const float*>(at), MIN_LOG_W),
                 b = fmaxf(*reinterpret_cast<const float*>(at + 64), MIN_LOG_W);
     const uint32_t high = pack_bf16(a, b);
@@ -271,22 +312,23 @@ struct Checkpoint {
   unsigned char scores[BLOCK_BYTES];       // tiled A
 };
 
-// ---- where a block of threads works
+// ---- where a block of threads works: blockIdx.x is its (batch row, head), blockIdx.y its segment
+
+DEVICE int64_t batch_head() { return blockIdx.x; }
+DEVICE int64_t batch_head_segment(const Shape& shape) { return batch_head() * shape.segments + blockIdx.y; }
 
 struct Place {
-  int64_t bh;      // (batch row, head)
-  int chunk, end;  // chunks [chunk, end)
-  int64_t stride;  // elements from token to token
-  int64_t start;   // of the sequence: first token, first channel
+  int chunk, end;   // chunks [chunk, end)
+  unsigned stride;  // elements from token to token
+  int64_t start;    // the element of the first token of the sequence and the first channel of the head
 
-  __device__ Place(const Shape& shape, unsigned block) {
-    const int64_t chunks = shape.chunks();
-    const unsigned segment = block % shape.segments;
-    bh = block / shape.segments;
-    chunk = static_cast<int>(chunks * segment / shape.segments);
-    end = static_cast<int>(chunks * (segment + 1) / shape.segments);
-    stride = int64_t(shape.H) * N;
-    start = bh / shape.H * shape.T * stride + bh % shape.H * N;
+  __device__ explicit Place(const Shape& shape) {
+    const int segment = blockIdx.y, chunks = shape.chunks(), length = chunks / shape.segments;
+    const int longer = chunks - length * shape.segments;  // the first segments are a chunk longer
+    chunk = segment * length + (segment < longer ? segment : longer);
+    end = chunk + length + (segment < longer);
+    stride = shape.H * N;
+    start = (batch_head() / shape.H * shape.T * shape.H + batch_head() % shape.H) * N;
   }
 };
 
@@ -314,13 +356,13 @@ struct alignas(16) ForwardShared {
 
 // states: what each (batch row, head, segment) starts from, or null for zeros. final_state and checkpoints may be null.
 template <class W>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     chunk_forward(Shape shape, const bf16* r, const bf16* k, const bf16* v, const W* log_w, const float* u,
                   const float* states, bf16* y, float* final_state, Checkpoint* checkpoints) {
   DYNAMIC_SHARED(memory);
   ForwardShared<W>& shared = *reinterpret_cast<ForwardShared<W>*>(memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = row_of(lane), col = col_of(lane);
-  const Place place(shape, blockIdx.x);
+  const int warp = warp_index(), lane = threadIdx.x % 32, row = row_of(lane), col = col_of(lane);
+  const Place place(shape);
   const Ranges ranges(lane);
 
   Tile S[4];
@@ -333,13 +375,13 @@ __global__ void __launch_bounds__(THREADS, 4)
         use(S[q].c[i / 4][i % 4], key * N + value);
       }
   };
-  for_each_of_state([&](float& x, int i) { x = states ? states[int64_t(blockIdx.x) * N * N + i] : 0.f; });
+  for_each_of_state([&](float& x, int i) { x = states ? states[batch_head_segment(shape) * N * N + i] : 0.f; });
   Tile bonus;  // u, [token, key] of the warp's keys
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    bonus.c[i / 4][i % 4] = u[place.bh % shape.H * N + 16 * warp + i / 4 * 8 + col + i % 2];
+    bonus.c[i / 4][i % 4] = u[batch_head() % shape.H * N + 16 * warp + i / 4 * 8 + col + i % 2];
 
-  const int64_t step = L * place.stride;
+  const int64_t step = int64_t(L) * place.stride;
   int64_t here = place.start + place.chunk * step + 16 * warp, ahead = here;
   auto copy = [&](int chunk, int slot) {
     if (chunk < place.end) {
@@ -355,7 +397,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   };
   copy(place.chunk, 0);
   copy(place.chunk + 1, 1);
-  Checkpoint* kept = checkpoints ? checkpoints + place.bh * shape.chunks() + place.chunk : nullptr;
+  Checkpoint* kept = checkpoints ? checkpoints + batch_head() * shape.chunks() + place.chunk : nullptr;
 
   int slot = 0;
   for (int chunk = place.chunk; chunk < place.end; chunk++) {
@@ -453,7 +495,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     slot = slot < 2 ? slot + 1 : 0;
   }
   if (final_state && place.end == shape.chunks())
-    for_each_of_state([&](float& x, int i) { final_state[place.bh * N * N + i] = x; });
+    for_each_of_state([&](float& x, int i) { final_state[batch_head() * N * N + i] = x; });
 }
 
 // ---- key channels as rows
@@ -461,17 +503,17 @@ __global__ void __launch_bounds__(THREADS, 4)
 // The other kernels keep a state as [key, value], 16 keys a warp, and so want r, k and log_w as [channel, token].
 
 template <class W>
-struct Decays {        // of the warp's 16 channels; channel row + 8 h, token 8 n + col + e
-  Tile before, upto;   // [channel, token]: the sums over tokens < t and <= t
-  float middle[2][2];  // [n][h]: over tokens before the middle of the half chunk n, in bits
-  float whole[2];      // [h]: over the chunk, in bits
+struct Decays {         // of the warp's 16 channels; channel row + 8 h, token 8 n + col + e
+  Tile before;          // [channel, token]: the sum over tokens < t
+  float until[2][2];    // [n][h]: over tokens <= 8 n + col + 1; those <= 8 n + col are in `before`
+  float middle[2][2];   // [n][h]: over tokens before the middle of the half chunk n, in bits
+  float whole[2];       // [h]: over the chunk, in bits
 
   __device__ Decays(const Ranges& ranges, const LogDecay<W>& w) {
     float first_half[4] = {}, all[4];
 #pragma unroll
     for (const Block& part : w.part) mma_bf16_k8(first_half, part.x, ONES);
     before = sums(ranges.before, first_half, w);
-    upto = sums(ranges.upto, first_half, w);
     const Tile to_middle = sums(ranges.middle, first_half, w);
 #pragma unroll
     for (int i = 0; i < 4; i++) all[i] = first_half[i];
@@ -480,8 +522,13 @@ struct Decays {        // of the warp's 16 channels; channel row + 8 h, token 8 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       whole[h] = LOG2_E * all[2 * h];
-      middle[0][h] = LOG2_E * to_middle.c[0][2 * h];
-      middle[1][h] = LOG2_E * to_middle.c[1][2 * h];
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        middle[n][h] = LOG2_E * to_middle.c[n][2 * h];
+        until[n][h] = before.c[n][2 * h + 1];
+#pragma unroll
+        for (const Block& part : w.part) until[n][h] += high_bf16(part.x[h + 2 * n]);
+      }
     }
   }
   __device__ static Tile sums(uint32_t range, const float (&first_half)[4], const LogDecay<W>& w) {
@@ -495,22 +542,22 @@ struct Decays {        // of the warp's 16 channels; channel row + 8 h, token 8 
     }
     return t;
   }
+  __device__ float upto(int n, int i) const { return i % 2 ? until[n][i / 2] : before.c[n][i + 1]; }
 
-  // What the factors of rt, kh, near, far (its second half alone) and kk multiply r and k with.
+  // What turns r and k into rt, near, far (its second half), kh and kk; by halves n where that is enough.
   __device__ Tile to_rt() const {
     return each([](float sum) { return ex2(LOG2_E * sum); }, before);
   }
   __device__ Tile to_kh() const {
-    return indexed([&](int n, int i) { return ex2(whole[i / 2] - LOG2_E * upto.c[n][i]); });
+    return indexed([&](int n, int i) { return ex2(whole[i / 2] - LOG2_E * upto(n, i)); });
   }
-  __device__ Tile to_near() const {
-    return indexed([&](int n, int i) { return ex2(LOG2_E * before.c[n][i] - middle[n][i / 2]); });
+  __device__ Half to_near(int n) const { return from_middle(n, n); }
+  __device__ Half to_far() const { return from_middle(1, 0); }
+  __device__ Half from_middle(int n, int of) const {
+    return indexed_half([&](int i) { return ex2(LOG2_E * before.c[n][i] - middle[of][i / 2]); });
   }
-  __device__ Tile to_far() const {
-    return indexed([&](int n, int i) { return n ? ex2(LOG2_E * before.c[1][i] - middle[0][i / 2]) : 0.f; });
-  }
-  __device__ Tile to_kk() const {
-    return indexed([&](int n, int i) { return ex2(middle[n][i / 2] - LOG2_E * upto.c[n][i]); });
+  __device__ Half to_kk(int n) const {
+    return indexed_half([&](int i) { return ex2(middle[n][i / 2] - LOG2_E * upto(n, i)); });
   }
 };
 
@@ -526,12 +573,12 @@ DEVICE void for_each_of_keys(Tile (&state)[4], int warp, int lane, Use use) {
     }
 }
 // state = diag(D) state + x z^T, x: [key, token], z: a sheet [token, value]
-DEVICE void update(Tile (&state)[4], const float (&D)[2], const Block& x, const unsigned char* z, int lane) {
+DEVICE void update(Tile (&state)[4], const float (&D)[2], const Block& x, const Sheet& z, int lane) {
 #pragma unroll
   for (int q = 0; q < 4; q++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) state[q].c[i / 4][i % 4] *= D[i % 4 / 2];
-    add_product(state[q], x, load_sheet_transposed<SECOND>(z, q, lane));
+    add_product(state[q], x, load_slice_transposed<SECOND>(z[q], lane));
   }
 }
 
@@ -543,24 +590,25 @@ DEVICE void update(Tile (&state)[4], const float (&D)[2], const Block& x, const 
 template <class W>
 struct alignas(16) SegmentShared {
   struct alignas(16) Inputs {
-    unsigned char z[SHEET_BYTES], x[WARPS][BLOCK_BYTES], log_w[WARPS][slice_bytes<W>];
+    Sheet z;
+    unsigned char x[WARPS][BLOCK_BYTES], log_w[WARPS][slice_bytes<W>];
   } inputs[3];
 };
 
 // states: (B, H, segments, 64, 64); decays: (B, H, segments, 64), of a whole segment.
 template <class W, bool reverse>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     segment_states(Shape shape, const bf16* x, const bf16* z, const W* log_w, float* states, float* decays) {
   DYNAMIC_SHARED(memory);
   SegmentShared<W>& shared = *reinterpret_cast<SegmentShared<W>*>(memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Place place(shape, blockIdx.x);
+  const int warp = warp_index(), lane = threadIdx.x % 32;
+  const Place place(shape);
   if (reverse ? place.chunk == 0 : place.end == shape.chunks()) return;  // nobody starts from its end
   const Ranges ranges(lane);
 
-  const int64_t step = reverse ? -L * place.stride : L * place.stride;
+  const int64_t step = int64_t(reverse ? -L : L) * place.stride;
   const int count = place.end - place.chunk, first = reverse ? place.end - 1 : place.chunk;
-  int64_t ahead = place.start + first * L * place.stride;
+  int64_t ahead = place.start + int64_t(first) * L * place.stride;
   auto copy = [&](int i, int slot) {
     if (i < count) {
       const int tokens = shape.T - (reverse ? first - i : first + i) * L;
@@ -593,10 +641,10 @@ __global__ void __launch_bounds__(THREADS, 4)
     total[0] += decays_now.whole[0], total[1] += decays_now.whole[1];
     slot = slot < 2 ? slot + 1 : 0;
   }
-  for_each_of_keys(state, warp, lane, [&](float& e, int i) { states[int64_t(blockIdx.x) * N * N + i] = e; });
+  for_each_of_keys(state, warp, lane, [&](float& e, int i) { states[batch_head_segment(shape) * N * N + i] = e; });
   if (col_of(lane) == 0)
     for (int h = 0; h < 2; h++)
-      decays[int64_t(blockIdx.x) * N + 16 * warp + row_of(lane) + 8 * h] = ex2(total[h]);
+      decays[batch_head_segment(shape) * N + 16 * warp + row_of(lane) + 8 * h] = ex2(total[h]);
 }
 
 // In place, a block per (batch row, head): from what each segment adds to a zero state, to what each segment starts from.
@@ -629,78 +677,74 @@ struct alignas(16) BackwardShared {
     unsigned char r[BLOCK_BYTES], k[BLOCK_BYTES], log_w[slice_bytes<W>], state[4][BLOCK_BYTES];
   } inputs[WARPS];
   struct alignas(16) Sheets {
-    unsigned char gy[SHEET_BYTES], v[SHEET_BYTES], scores[BLOCK_BYTES];
+    Sheet gy, v;
+    unsigned char scores[BLOCK_BYTES];
   } sheets[3];
   struct alignas(16) Exchange {
     unsigned char G[WARPS][4][BLOCK_BYTES];  // [keys][values]: tiled blocks
     unsigned char kh[WARPS][BLOCK_BYTES];    // tiled blocks [key, token]
   } exchange[2];
-  unsigned char scratch[WARPS][3][BLOCK_BYTES];
+  unsigned char scratch[WARPS][2][BLOCK_BYTES];
+  struct alignas(16) Rows {  // for registers that would be short otherwise; float2: of channels row and row + 8
+    float gA_tt[L];
+    float2 pass[8], u[8];
+    uint32_t clamped[32];  // by lane
+  } rows[WARPS];
 };
 
-// From [channel, token] in `tiled` to [token, channel] in global memory: ldmatrix gathers four neighbouring channels a lane.
-// Rows of the odd (second eight channels) 8x8 matrices of `tiled` are swapped in pairs, so that this meets no bank twice.
+// From [channel, token] to [token, channel]: register 2 n + j of the result holds channels 4 (lane % 4) + 2 j and the next of
+// token row + 8 n, 8 neighbouring bytes of global memory. Rows of the 8x8 matrices of the last eight channels are swapped in
+// pairs, so that this meets no bank twice.
 DEVICE void store_for_transposition(unsigned char* tiled, const Block& b, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(tiled + 128 * i + (4 * lane ^ i % 2 * 32)) = b.x[i];
 }
-DEVICE void write_transposed(bf16* to, const unsigned char* tiled, int64_t stride, int tokens, int lane) {
+DEVICE Block load_for_output(const unsigned char* tiled, int lane) {
   const int m = lane >> 3, i = lane & 7;
-  const int channel = 4 * (i >> 1) + 2 * (m & 1) + (i & 1), half = channel >> 3;
-  uint32_t x[4];
-  ldmatrix_trans<4>(x, tiled + 128 * (half + 2 * (m >> 1)) + (16 * (channel & 7) ^ 32 * half));
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const int token = row_of(lane) + 8 * n;
-    if (token < tokens)
-      *reinterpret_cast<uint2*>(to + token * stride + 2 * col_of(lane)) = make_uint2(x[2 * n], x[2 * n + 1]);
-  }
+  const int channel = 4 * (i >> 1) + 2 * (m & 1) + (i & 1), h = channel >> 3;
+  Block b;
+  ldmatrix_trans<4>(b.x, tiled + 128 * (h + 2 * (m >> 1)) + (16 * (channel & 7) ^ 32 * h));
+  return b;
 }
-
-// g_log_w [channel, token], to [token, channel]
-DEVICE void write_g_log_w(bf16* to, const Tile& g, int64_t stride, int tokens, unsigned char* scratch, int lane) {
-  store_for_transposition(scratch, rounded(g), lane);
+DEVICE void write_pairs(bf16* to, uint32_t first, uint32_t second) {  // in one instruction; a uint2 became two
+  *reinterpret_cast<uint64_t*>(to) = first | uint64_t(second) << 32;
+}
+// The same for floats: four channels of token row + 8 n. Meets banks twice at most.
+DEVICE float4 transposed_half(const Tile& t, int n, unsigned char* scratch, int lane) {
+  float(*const tokens)[20] = reinterpret_cast<float(*)[20]>(scratch);  // 8 tokens, 16 channels and padding
   __syncwarp();
-  write_transposed(to, scratch, stride, tokens, lane);
-}
-DEVICE void write_g_log_w(float* to, const Tile& g, int64_t stride, int tokens, unsigned char* scratch, int lane) {
-  float(*const rows)[20] = reinterpret_cast<float(*)[20]>(scratch);  // 8 tokens, 16 channels and padding
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) rows[col_of(lane) + i % 2][row_of(lane) + i / 2 * 8] = g.c[n][i];
-    __syncwarp();
-    const int token = row_of(lane) + 8 * n;
-    const float4 x = *reinterpret_cast<const float4*>(&rows[row_of(lane)][2 * col_of(lane)]);
-    if (token < tokens) *reinterpret_cast<float4*>(to + token * stride + 2 * col_of(lane)) = x;
-    __syncwarp();
-  }
+  for (int i = 0; i < 4; i++) tokens[col_of(lane) + i % 2][row_of(lane) + i / 2 * 8] = t.c[n][i];
+  __syncwarp();
+  return *reinterpret_cast<const float4*>(&tokens[row_of(lane)][2 * col_of(lane)]);
 }
 
 // final_grads: the gradient of the state that each (batch row, head, segment) ends with, or null for zeros.
 // gu: (B, H, segments, 64). g_state may be null.
 template <class W>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     chunk_backward(Shape shape, const bf16* r, const bf16* k, const bf16* v, const W* log_w, const float* u,
                    const Checkpoint* checkpoints, const bf16* gy, const float* final_grads, bf16* gr, bf16* gk, bf16* gv,
                    W* g_log_w, float* gu, float* g_state) {
   DYNAMIC_SHARED(memory);
   BackwardShared<W>& shared = *reinterpret_cast<BackwardShared<W>*>(memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = row_of(lane), col = col_of(lane);
-  const Place place(shape, blockIdx.x);
+  const int warp = warp_index(), lane = threadIdx.x % 32, row = row_of(lane), col = col_of(lane);
+  const Place place(shape);
   const Ranges ranges(lane);
   auto& inputs = shared.inputs[warp];
 
   Tile G[4];
   for_each_of_keys(G, warp, lane, [&](float& x, int i) {
-    x = final_grads ? final_grads[int64_t(blockIdx.x) * N * N + i] : 0.f;
+    x = final_grads ? final_grads[batch_head_segment(shape) * N * N + i] : 0.f;
   });
-  float u_now[2], gu_sum[2] = {};
-  for (int h = 0; h < 2; h++) u_now[h] = u[place.bh % shape.H * N + 16 * warp + row + 8 * h];
+  auto& rows = shared.rows[warp];
+  const float* const u_row = u + batch_head() % shape.H * N + 16 * warp + row;
+  if (lane % 4 == 0) rows.u[row] = make_float2(u_row[0], u_row[8]);
+  float gu_sum[2] = {};
 
-  const int64_t step = L * place.stride;
+  const int64_t step = int64_t(L) * place.stride;
   int64_t here = place.start + (place.end - 1) * step;
-  const Checkpoint* kept = checkpoints + place.bh * shape.chunks() + place.end - 1;
+  const Checkpoint* kept = checkpoints + batch_head() * shape.chunks() + place.end - 1;
   // `back` chunks before the one at `here`
   auto copy_inputs = [&](int chunk, int back) {
     if (chunk - back >= place.chunk) {
@@ -743,13 +787,13 @@ __global__ void __launch_bounds__(THREADS, 2)
     Tile gA_by_s{}, gr_now{}, gk_now{}, S_G{};
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      const Block gy_q = load_sheet<SECOND>(sheets.gy, q, lane), v_q = load_sheet<FIRST>(sheets.v, q, lane),
+      const Block gy_q = load_slice<SECOND>(sheets.gy[q], lane), v_q = load_slice<FIRST>(sheets.v[q], lane),
                   S_q = load_tiled_transposed<FIRST>(inputs.state[q], lane), G_q = rounded(G[q]);
       store_tiled(exchange.G[warp][q], G_q, lane);
       add_product(gA_by_s, v_q, gy_q);
       add_product(gr_now, S_q, gy_q);
-      add_product(gk_now, G_q, v_q);
-      add_product(S_G, S_q, G_q);
+      add_product_by_halves(gk_now, G_q, v_q);
+      add_product_by_halves(S_G, S_q, G_q);
     }
     const Block r_now = load_slice_transposed<FIRST>(inputs.r, lane), k_now = load_slice_transposed<FIRST>(inputs.k, lane);
     LogDecay<W> w;
@@ -757,70 +801,80 @@ __global__ void __launch_bounds__(THREADS, 2)
     __syncwarp();
     copy_inputs(chunk, 1);
 
-    // gA both ways, s < t; its diagonal for this lane's tokens, gA_tt[n][e]
-    auto later = [&](int n, int i) { return col + i % 2 > row ? gA_by_s.c[n][i] : 0.f; };
-    const Block gA_st{{pack_bf16(later(0, 0), later(0, 1)), 0, pack_bf16(gA_by_s.c[1][0], gA_by_s.c[1][1]),
-                       pack_bf16(later(1, 2), later(1, 3))}};
-    store_tiled(scratch[0], gA_st, lane);
-    float gA_tt[2][2];
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const int holder = 4 * (col + e) + lane % 4;
-      gA_tt[0][e] = __shfl_sync(0xffffffffu, gA_by_s.c[0][e], holder);
-      gA_tt[1][e] = __shfl_sync(0xffffffffu, gA_by_s.c[1][2 + e], holder);
-    }
-    __syncwarp();
-    const Block gA_ts = load_tiled_transposed<SECOND>(scratch[0], lane);
+    rows.clamped[lane] = w.at_bound();
 
+    // gA for s < t, and its diagonal
+    auto later = [&](int n, int i) { return col + i % 2 > row ? gA_by_s.c[n][i] : 0.f; };
+    store_tiled(scratch[0],
+                Block{{pack_bf16(later(0, 0), later(0, 1)), 0, pack_bf16(gA_by_s.c[1][0], gA_by_s.c[1][1]),
+                       pack_bf16(later(1, 2), later(1, 3))}},
+                lane);
     const Decays<W> decays(ranges, w);
     const float D[2] = {ex2(decays.whole[0]), ex2(decays.whole[1])};
-    float pass[2];  // sum_j S[,j] G[,j], times D
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float mine = row % 2 ? S_G.c[h][2 * h + 1] : S_G.c[h][2 * h];
-      pass[h] = D[h] * __shfl_sync(0xffffffffu, mine, 4 * row + row / 2);
+    if (lane % 4 == row / 2) {  // this lane holds elements (row, row) and (row + 8, row + 8)
+      auto diagonal = [&](const Tile& t, int h) { return row % 2 ? t.c[h][2 * h + 1] : t.c[h][2 * h]; };
+      rows.gA_tt[row] = diagonal(gA_by_s, 0), rows.gA_tt[row + 8] = diagonal(gA_by_s, 1);
+      rows.pass[row] = make_float2(D[0] * diagonal(S_G, 0), D[1] * diagonal(S_G, 1));
     }
+    __syncwarp();
 
     // through the states
-    Tile factor = decays.to_rt();
-    const Block rt = scaled(r_now, factor);
-    gr_now = times(gr_now, factor);
-    Tile r_gr = times(floats(r_now), gr_now);  // r times its gradient, less (below) k times its gradient through A
-    factor = decays.to_kh();
-    store_tiled(exchange.kh[warp], scaled(k_now, factor), lane);
-    gk_now = times(gk_now, factor);
-    const Block k_gk = rounded(times(floats(k_now), gk_now));
-    update(G, D, rt, sheets.gy, lane);
+    const Tile to_rt = decays.to_rt();
+    gr_now = times(gr_now, to_rt);
+    update(G, D, scaled(r_now, to_rt), sheets.gy, lane);
+    const Tile to_kh = decays.to_kh();
+    store_tiled(exchange.kh[warp], scaled(k_now, to_kh), lane);
+    gk_now = times(gk_now, to_kh);
 
-    // through A, relative to the middles
-    const Tile to_kk = decays.to_kk(), to_near = decays.to_near(), to_far = decays.to_far();
-    const Block kk = scaled(k_now, to_kk), near = scaled(r_now, to_near), far = scaled(r_now, to_far);
-    Tile near_sum{}, far_sum{}, kk_sum{};
-    mma_bf16_k8(near_sum.c[0], kk.x, gA_ts.x[0]);
-    mma_bf16_k8(near_sum.c[1], kk.x + 2, gA_ts.x[3]);
-    mma_bf16_k8(far_sum.c[1], kk.x, gA_ts.x[1]);
-    add_half_product<0>(kk_sum, Block{{near.x[0], near.x[1], far.x[2], far.x[3]}}, gA_st);
-    mma_bf16_k8(kk_sum.c[1], near.x + 2, gA_st.x[3]);
-    const Tile near_rounded = floats(near), far_rounded = floats(far), kk_rounded = floats(kk), r_float = floats(r_now),
-               k_float = floats(k_now);
-    Tile g_log_w_now;
+    // through A, half a chunk at a time: its tokens as s, with kk, and as t, with near and far
+    auto gA_st = [&](int s_half, int t_half) {
+      return *reinterpret_cast<const uint32_t*>(scratch[0] + 128 * (s_half + 2 * t_half) + 4 * lane);
+    };
+    auto gA_ts = [&](int t_half, int s_half) {
+      uint32_t x;
+      ldmatrix_trans<1>(&x, scratch[0] + 128 * (s_half + 2 * t_half) + 16 * (lane & 7));
+      return x;
+    };
+    Block kk, near, far, gr_rounded, gk_rounded, k_gk;
+    Tile g_log_w_now, r_gr = times(floats(r_now), gr_now);  // r times its gradient less k times its gradient through A
 #pragma unroll
-    for (int n = 0; n < 2; n++)
+    for (int n = 0; n < 2; n++) {
+      const Half r_half = floats(r_now, n), k_half = floats(k_now, n), to_kk = decays.to_kk(n);
+      round_into(kk, n, times(k_half, to_kk));
+      round_into(k_gk, n, times(k_half, half(gk_now, n)));
+      if (n == 0) {  // the second half's t with the first half's s
+        const Half to_far = decays.to_far();
+        round_into(far, 1, times(floats(r_now, 1), to_far));
+        Half sum{};
+        mma_bf16_k8(sum.c, kk.x, gA_ts(1, 0));
+        add_product_of(gr_now.c[1], to_far, sum);
+        add_product_of(r_gr.c[1], floats(far, 1), sum);
+      }
+      const Half to_near = decays.to_near(n);
+      round_into(near, n, times(r_half, to_near));
+      Half t_sum{}, s_sum{};
+      mma_bf16_k8(t_sum.c, kk.x + 2 * n, gA_ts(n, n));
+      mma_bf16_k8(s_sum.c, near.x + 2 * n, gA_st(n, n));
+      if (n == 0) mma_bf16_k8(s_sum.c, far.x + 2, gA_st(0, 1));
+      add_product_of(gr_now.c[n], to_near, t_sum);
+      add_product_of(r_gr.c[n], floats(near, n), t_sum);
+      add_product_of(gk_now.c[n], to_kk, s_sum);
+      const Half kk_gk = times(floats(kk, n), s_sum);
+      const float2 gA_tt = *reinterpret_cast<const float2*>(&rows.gA_tt[8 * n + col]), pass = rows.pass[row],
+                   u_row = rows.u[row];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int h = i / 2;
-        const float kk_gk = kk_rounded.c[n][i] * kk_sum.c[n][i];
-        const float k_gA = k_float.c[n][i] * gA_tt[n][i % 2], r_gA = r_float.c[n][i] * gA_tt[n][i % 2];
-        gr_now.c[n][i] += to_near.c[n][i] * near_sum.c[n][i] + u_now[h] * k_gA;
-        gk_now.c[n][i] += to_kk.c[n][i] * kk_sum.c[n][i] + u_now[h] * r_gA;
-        r_gr.c[n][i] += near_rounded.c[n][i] * near_sum.c[n][i] - kk_gk;
-        if (n == 1) {
-          gr_now.c[n][i] += to_far.c[n][i] * far_sum.c[n][i];
-          r_gr.c[n][i] += far_rounded.c[n][i] * far_sum.c[n][i];
-        }
-        gu_sum[h] += r_float.c[n][i] * k_gA;
-        g_log_w_now.c[n][i] = pass[h] - kk_gk;
+        const float gA = i % 2 ? gA_tt.y : gA_tt.x, u_gA = (h ? u_row.y : u_row.x) * gA;
+        gr_now.c[n][i] += u_gA * k_half.c[i];
+        gk_now.c[n][i] += u_gA * r_half.c[i];
+        gu_sum[h] += r_half.c[i] * (k_half.c[i] * gA);
+        r_gr.c[n][i] -= kk_gk.c[i];
+        g_log_w_now.c[n][i] = (h ? pass.y : pass.x) - kk_gk.c[i];
       }
+      round_into(gr_rounded, n, half(gr_now, n));
+      round_into(gk_rounded, n, half(gk_now, n));
+    }
 
     // sums over later tokens of r_gr, in two bf16 as it cancels, and over earlier ones of k_gk
     const Block r_gr_high = rounded(r_gr),
@@ -833,23 +887,40 @@ __global__ void __launch_bounds__(THREADS, 2)
     mma_bf16_k8(g_log_w_now.c[1], r_gr_high.x + 2, after);
     mma_bf16_k8(g_log_w_now.c[1], r_gr_low.x + 2, after);
     mma_bf16(g_log_w_now.c[1], k_gk.x, ONES, ranges.before);
+    if (const uint32_t clamped = rows.clamped[lane]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {  // clamped: no gradient
-      float *const g = &g_log_w_now.c[i / 2][i % 2 * 2];
-      if (low_bf16(w.part[0].x[i]) <= MIN_LOG_W) g[0] = 0.f;
-      if (high_bf16(w.part[0].x[i]) <= MIN_LOG_W) g[1] = 0.f;
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (clamped >> (15 + 16 * e - i) & 1) g_log_w_now.c[i / 2][i % 2 * 2 + e] = 0.f;
     }
 
     const int tokens = shape.T - chunk * L;
     const int64_t keys_here = here + 16 * warp;
     __syncwarp();
-    store_for_transposition(scratch[0], rounded(gr_now), lane);
-    store_for_transposition(scratch[1], rounded(gk_now), lane);
+    store_for_transposition(scratch[0], gr_rounded, lane);
+    store_for_transposition(scratch[1], gk_rounded, lane);
     __syncwarp();
-    write_transposed(gr + keys_here, scratch[0], place.stride, tokens, lane);
-    write_transposed(gk + keys_here, scratch[1], place.stride, tokens, lane);
-    __syncwarp();
-    write_g_log_w(g_log_w + keys_here, g_log_w_now, place.stride, tokens, scratch[0], lane);
+    const Block gr_out = load_for_output(scratch[0], lane), gk_out = load_for_output(scratch[1], lane);
+    [[maybe_unused]] Block g_log_w_out;
+    if constexpr (sizeof(W) == 2) {
+      __syncwarp();
+      store_for_transposition(scratch[0], rounded(g_log_w_now), lane);
+      __syncwarp();
+      g_log_w_out = load_for_output(scratch[0], lane);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      [[maybe_unused]] float4 g_log_w_floats;
+      if constexpr (sizeof(W) == 4) g_log_w_floats = transposed_half(g_log_w_now, n, scratch[0], lane);
+      if (row + 8 * n < tokens) {
+        const int64_t at = keys_here + (row * place.stride + 2 * col) + n * 8 * int64_t(place.stride);
+        write_pairs(gr + at, gr_out.x[2 * n], gr_out.x[2 * n + 1]);
+        write_pairs(gk + at, gk_out.x[2 * n], gk_out.x[2 * n + 1]);
+        if constexpr (sizeof(W) == 2) write_pairs(g_log_w + at, g_log_w_out.x[2 * n], g_log_w_out.x[2 * n + 1]);
+        else *reinterpret_cast<float4*>(g_log_w + at) = g_log_w_floats;
+      }
+    }
 
     cp_async_wait<1>();
     __syncthreads();
@@ -862,8 +933,8 @@ __global__ void __launch_bounds__(THREADS, 2)
       add_product(gv_now, load_tiled_transposed<FIRST>(exchange.kh[q], lane),
                   load_tiled_transposed<SECOND>(exchange.G[q][warp], lane));
     add_product(gv_now, load_tiled_transposed<FIRST>(sheets.scores, lane),
-                load_sheet_transposed<SECOND>(sheets.gy, warp, lane));
-    write_slice(gv + keys_here, rounded(gv_now), place.stride, tokens, scratch[2], lane);
+                load_slice_transposed<SECOND>(sheets.gy[warp], lane));
+    write_slice(gv + keys_here, rounded(gv_now), place.stride, tokens, scratch[0], lane);
 
     here -= step;
     kept--;
@@ -871,12 +942,12 @@ __global__ void __launch_bounds__(THREADS, 2)
   }
 
   if (g_state && place.chunk == 0)
-    for_each_of_keys(G, warp, lane, [&](float& x, int i) { g_state[place.bh * N * N + i] = x; });
+    for_each_of_keys(G, warp, lane, [&](float& x, int i) { g_state[batch_head() * N * N + i] = x; });
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     gu_sum[h] += __shfl_xor_sync(0xffffffffu, gu_sum[h], 1);
     gu_sum[h] += __shfl_xor_sync(0xffffffffu, gu_sum[h], 2);
-    if (col == 0) gu[int64_t(blockIdx.x) * N + 16 * warp + row + 8 * h] = gu_sum[h];
+    if (col == 0) gu[batch_head_segment(shape) * N + 16 * warp + row + 8 * h] = gu_sum[h];
   }
 }
 
@@ -893,7 +964,7 @@ constexpr int invalid_value = 1;  // cudaErrorInvalidValue
 
 static bool valid(int w_dtype, int64_t B, int64_t T, int64_t H, int segments) {
   return (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 && T <= INT32_MAX - L && segments > 0 &&
-         segments <= (T + L - 1) / L && H <= INT32_MAX && B <= INT32_MAX / H / segments;
+         segments <= 65535 && segments <= (T + L - 1) / L && H <= 1 << 18 && B <= INT32_MAX / H;
 }
 
 // Scratch memory: states and decays of the segments, and the parts of gu.
@@ -906,7 +977,7 @@ struct Scratch {
 template <class W>
 static int forward(Shape shape, int64_t BH, const bf16* r, const bf16* k, const bf16* v, const W* log_w, const float* u,
                    const float* state, bf16* y, float* final_state, Checkpoint* checkpoints, void* memory, void* stream) {
-  const dim3 grid(static_cast<unsigned>(BH * shape.segments)), block(THREADS);
+  const dim3 grid(static_cast<unsigned>(BH), shape.segments), block(THREADS);
   if (shape.segments > 1) {
     const Scratch scratch(memory, BH * shape.segments);
     int error = launch(segment_states<W, false>, grid, block, sizeof(SegmentShared<W>), stream, shape, k, v, log_w,
@@ -925,7 +996,7 @@ template <class W>
 static int backward(Shape shape, int64_t BH, const bf16* r, const bf16* k, const bf16* v, const W* log_w, const float* u,
                     const Checkpoint* checkpoints, const bf16* gy, const float* g_final, bf16* gr, bf16* gk, bf16* gv,
                     W* g_log_w, float* gu, float* g_state, void* memory, void* stream) {
-  const dim3 grid(static_cast<unsigned>(BH * shape.segments)), block(THREADS);
+  const dim3 grid(static_cast<unsigned>(BH), shape.segments), block(THREADS);
   float* gu_parts = gu;
   if (shape.segments > 1) {
     const Scratch scratch(memory, BH * shape.segments);
