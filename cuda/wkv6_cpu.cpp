@@ -67,6 +67,7 @@ struct Kernels { Kernel *forward, *backward; };
 
 bool choose(int variant, Kernels& kernels) {
 #if defined(__x86_64__)
+    __builtin_cpu_init();
     bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
