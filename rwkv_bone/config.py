@@ -133,7 +133,10 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "training", "AdamW, on matrices only")
     grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
     train_type: str = flag(
-        "none", "training", "infctx: samples of ctx_len in chunks of chunk_ctx with carried state", choices=("none", "infctx")
+        "none",
+        "training",
+        "infctx: samples of ctx_len in chunks of chunk_ctx with carried state; state: train each layer's initial state alone",
+        choices=("none", "infctx", "state"),
     )
     chunk_ctx: int = flag(512, "training", "tokens of a chunk with --train_type infctx")
     truncate: bool = flag(False, "training", "infctx: no gradient across chunk borders; faster")
@@ -176,6 +179,8 @@ class TrainConfig:
             raise UserError(f"--devices takes a number of devices or auto, not {self.devices!r}")
         if self.layerwise_lr not in (0, 1):
             raise UserError(f"--layerwise_lr takes 0 or 1, not {self.layerwise_lr}")
+        if self.train_type == "state" and (self.peft != "none" or not self.load_model):
+            raise UserError("--train_type state trains each layer's initial state alone: it takes --load_model and no --peft")
         if self.peft == "none" and (self.train_parts or self.peft_options or self.peft_checkpoint):
             raise UserError("--peft none trains the whole model: --train_parts, --peft_checkpoint and options need a method")
         if self.peft not in ("none", *METHODS):
@@ -197,6 +202,8 @@ class TrainConfig:
             if name in given:
                 given[name] = words(given[name])
         options = {name: given.pop(name) for name in method_options if name in given}
+        if given.get("train_type") == "state":
+            given.setdefault("peft", "none")
         configs = {name: given.pop(name) for name in COMMUNITY_CONFIGS if name in given}
         method, from_config, load, init = method_from_community(given.get("peft", "bone"), configs)
         given["peft"] = method

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors
+from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, save_tensors
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world, run_to_end
@@ -155,3 +155,27 @@ def test_training_goes_on_from_an_adapter_with_that_adapters_options(world, fini
     assert all(torch.equal(further[name], before[name]) for name in before)
     with pytest.raises(UserError, match="has r 8, not 16; leave --r out"):
         main(arguments(world, *flags, "--r", "16", name="other"))
+
+
+def test_initial_states_are_trained_alone_and_read_by_the_rwkv_package(world, monkeypatch, tmp_path):
+    argv = arguments(world, "--train_type", "state", "--lr_init", "0.3", "--epoch_count", "2", name="state")
+    del argv[argv.index("--r") : argv.index("--r") + 2]
+    assert main(argv) == 0
+    seen = losses(world / "state")
+    assert seen[-1][1] < seen[0][1]
+    states = open_tensors(world / "state" / "rwkv-1.pth")
+    assert {name: tuple(t.shape) for name, t in states.items()} == {f"blocks.{i}.att.time_state": (4, 8, 8) for i in range(2)}
+    assert all(t.abs().max() > 0 for t in states.values())
+    merged = {**open_tensors(world / "base.pth"), **states}
+    save_tensors(tmp_path / "merged.pth", {name: t.float() for name, t in merged.items()})
+    tuned = load_model(world / "base.pth", torch.float32)
+    load_adapter(tuned, world / "state" / "rwkv-1.pth")
+    for name in ("RWKV_V7_ON", "RWKV_CUDA_ON", "RWKV_JIT_ON"):
+        monkeypatch.setenv(name, "0")
+    from rwkv.model import RWKV as Package
+
+    tokens = [72, 101, 108, 108, 111]
+    theirs, _ = Package(model=str(tmp_path / "merged"), strategy="cpu fp32").forward(tokens, None, full_output=True)
+    with torch.no_grad():
+        assert (tuned(torch.tensor([tokens]))[0][0] - theirs).abs().max() < 1e-4
+        assert (load_model(world / "base.pth", torch.float32)(torch.tensor([tokens]))[0][0] - theirs).abs().max() > 1e-3

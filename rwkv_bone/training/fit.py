@@ -78,7 +78,8 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
         f"{config.micro_bsz} samples x {config.accumulate_grad_batches} micro batches x {world} devices",
     ]
     if config.peft == "none":
-        lines.append("method     none: the whole model trains")
+        what = "each layer's initial state" if config.train_type == "state" else "the whole model"
+        lines.append(f"method     none: {what} trains")
     else:
         lines.append(f"method     {config.peft}: {METHODS[config.peft].formula}; {options_text(config)}")
     lines.append(f"trains     {trained:,} parameters, {100 * trained / total:.2f}% of {total:,}")

@@ -53,8 +53,8 @@ def adapter_info(model: RWKV, config: TrainConfig, step: int) -> dict[str, Any]:
 
 
 def save_result(path: Path, trained: dict[str, Tensor], model: RWKV, config: TrainConfig, step: int) -> None:
-    """The adapter with its sidecar, or with --peft none the whole model."""
-    if config.peft == "none":
+    """The adapter (or the initial states) with its sidecar, or with --peft none the whole model."""
+    if config.peft == "none" and config.train_type != "state":
         save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in trained.items()})
     else:
         save_adapter(path, trained, adapter_info(model, config, step))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_adapter, load_model
+from ..checkpoint import add_time_state, load_adapter, load_model
 from ..config import TrainConfig
 from ..errors import UserError
 from ..foreign import Foreign
@@ -54,6 +54,13 @@ def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> TrainConfig:
 
     Returns the configuration with the options that the earlier adapter has.
     """
+    if config.train_type == "state":
+        model.requires_grad_(False)
+        if not model.config.time_state:
+            add_time_state(model)
+        for block in model.blocks:
+            block.att.time_state.requires_grad_(True)
+        return config
     if config.peft == "none":
         model.requires_grad_(True)
         return config
