@@ -158,7 +158,7 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
     front = {label: 5 if label == study.reference else 3 for label in labels}
     best = {label: study.at_best(entries[label]) for label in labels}
     results, base, reference = study.results(), study.at_best(study.base), study.at_best(entries[study.reference])
-    figure, ((over, under), (middle, right)) = plt.subplots(2, 2, figsize=(13, 9.6), layout="constrained")
+    figure, ((over, under), (middle, right)) = plt.subplots(2, 2, figsize=(13, 10.2), layout="constrained")
 
     width = max(1, study.comparison.steps // 8)
     panels = ((over, base, "the untrained model's"), (under, reference, f"{study.reference}'s"))
@@ -169,19 +169,20 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
         panel.axhline(0, color="grey", lw=0.8, ls=":")
         panel.set(xlabel="step", ylabel="nats a token", title=f"Training loss less {of} on the same batch\n"
                   f"each at its best rate, mean over seeds and the last {width} steps")  # fmt: skip
-    over.legend(loc="lower left", frameon=False, ncols=2, title="in the order of held-out loss")
+    order = "in the order of held-out loss"
+    figure.legend(*over.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, title=order)
 
-    untrained = max((record["choosing_loss"] for record in base), default=math.inf)
-    lowest = untrained
+    seen = []
     for label in labels:
         tried = sorted((run.lr, record["choosing_loss"]) for run, record in results.items()
                        if run.entry.label == label and run.seed == study.comparison.seeds[0])  # fmt: skip
         tried = [(lr, loss) for lr, loss in tried if math.isfinite(loss)]
-        lowest = min([lowest, *(loss for _, loss in tried)])
+        seen += [loss for _, loss in tried]
         middle.plot(*zip(*tried), "o-", ms=4, color=colours[label], lw=widths[label], zorder=front[label])
-    if math.isfinite(untrained) and lowest < untrained:  # what is worse than no training needs no room
-        middle.axhline(untrained, color="grey", lw=0.8, ls=":")
-        middle.set_ylim(lowest - 0.05 * (untrained - lowest), untrained + 0.05 * (untrained - lowest))
+    untrained = max((record["choosing_loss"] for record in base), default=math.inf)
+    low, high = min(seen), min(max(seen), untrained)  # what is worse than no training needs no room
+    if low < high:
+        middle.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     middle.set(xscale="log", xlabel="learning rate", ylabel="nats a token",
                title="Sweep of the rate with the first seed:\nloss on the half of the held-out text that chooses")  # fmt: skip
 
