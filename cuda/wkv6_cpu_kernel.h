@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #ifdef __x86_64__
@@ -48,6 +49,7 @@ namespace WKV6_VARIANT {
 namespace {
 
 constexpr int L = 16;
+static_assert(kCheckpoint % L == 0, "blocks are whole chunks");
 #if defined(__AVX512F__)
 constexpr int kBytes = 64, kRows = 8, kCols = 2;  // a vector; a register tile of matrix products, in rows and vectors
 #elif defined(__AVX2__)
@@ -452,12 +454,14 @@ template <class F> struct Chunk {
         dots(a + 4 * L, x + 4 * W, x, 4, nv);
         dots(a + 12 * L + 8, x + 12 * W, x + 8 * W, 4, nv);
         decay_to_borders<2>();
-        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {  // (2, 0), (2, 1), (3, 0), (3, 1), (6, 4) ...
+        // (2, 0), (2, 1), (3, 0), (3, 1), (6, 4) ...
+        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {
             int q = i / 4 * 4 + 2 + i / 2 % 2, s = i / 4 * 4 + i % 2;
             return at(x + (c * L + q) * W) * at(x + (c * L + s) * W);
         });
         for (int i = 0; i < 16; i++) a[(i / 4 * 4 + 2 + i / 2 % 2) * L + i / 4 * 4 + i % 2] = m[i];
-        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {  // (1, 0), (3, 2) ...
+        // (1, 0), (3, 2) ...
+        sixteen(m, nv, [&](int i, int64_t c) __attribute__((always_inline)) {
             if (i >= 8) return V{};
             return at(r + (c * L + 2 * i + 1) * W) * at(k + (c * L + 2 * i) * W);
         });
@@ -552,7 +556,7 @@ template <class F> struct Chunk {
 
 // ---- heads
 
-// Zeroed, aligned memory that goes with its scope.
+// Aligned memory that goes with its scope.
 template <class F> struct Buffer {
     F* p;
     explicit Buffer(int64_t n) {
@@ -587,7 +591,8 @@ template <class F> struct Heads {
     }
     void save(void* to, int type, const F* from, Place at) const {
         Element<F>::as(type, [&](auto element) __attribute__((always_inline)) {
-            store_as(static_cast<decltype(element)*>(to) + offset(at.h, at.t), from, at.n, L, stride, N, past_caches(to, type));
+            store_as(static_cast<decltype(element)*>(to) + offset(at.h, at.t), from, at.n, L, stride, N,
+                     past_caches(to, type));
         });
     }
     // Whether results go past the caches: large ones do, if their rows are whole vectors.
@@ -611,7 +616,7 @@ template <class F> struct Heads {
         return static_cast<F*>(p.checkpoints) + (((b * p.H + h) * blocks) + block) * N * N;
     }
 
-    // The tokens t0 <= t < t1 from the states `from` (null for zeros), (h1 - h0, N, N). The states after them go to `to`.
+    // The tokens t0 <= t < t1 from the states `from` (null for zeros), (h1 - h0, N, N). The states after go to `to`.
     void forward(int64_t t0, int64_t t1, const F* from, F* to) const {
         int64_t size = Chunk<F>::floats(nv, false), n = h1 - h0;
         Buffer<F> memory(size + n * (square + np));
@@ -628,7 +633,9 @@ template <class F> struct Heads {
                 if (p.checkpoints) save_state(checkpoint(h, start / kCheckpoint), state);
                 int64_t end = least(start + kCheckpoint, t1);
                 for (int64_t t = start; t < end; t += L) {
-                    Place next = t + L < end ? place(h, t + L, t1) : h + 1 < h1 ? place(h + 1, start, t1) : place(h0, end, t1);
+                    Place next = t + L < end  ? place(h, t + L, t1)
+                                 : h + 1 < h1 ? place(h + 1, start, t1)
+                                              : place(h0, end, t1);
                     forward_chunk(c, place(h, t, end), next, state, u);
                 }
             }
@@ -657,7 +664,7 @@ template <class F> struct Heads {
         save(p.y, p.type, c.r, at);
     }
 
-    // What the tokens add to a state of zeros, and (added to log_decay, np zeros) the logarithm of what they leave of one.
+    // What the tokens add to a state, and (added to log_decay, np zeros) the logarithm of what they leave of it.
     void added(int64_t t0, int64_t t1, F* to, F* log_decay) const {
         int64_t size = Chunk<F>::floats(nv, false);
         Buffer<F> memory(size + square);
@@ -719,7 +726,9 @@ template <class F> struct Heads {
         for (int64_t start = (t1 - 1) / kCheckpoint * kCheckpoint; start >= t0; start -= kCheckpoint)
             for (int64_t h = h0; h < h1; h++) {
                 int64_t end = least(start + kCheckpoint, t1), i = h - h0;
-                Place after = h + 1 < h1 ? place(h + 1, start, end) : place(h0, start - kCheckpoint, start > t0 ? start : 0);
+                Place after = h + 1 < h1   ? place(h + 1, start, end)
+                              : start > t0 ? place(h0, start - kCheckpoint, start)
+                                           : place(h0, 0, 0);
                 load_state(g, checkpoint(h, start / kCheckpoint));
                 transpose(states, g, nv);
                 int64_t last = (end - start - 1) / L;
@@ -792,7 +801,7 @@ template <class F> struct Heads {
     }
 };
 
-// A few tokens, one after the other, on the states as they lie in memory: a chunk would be mostly padding.
+// A few tokens (T < 8), one after the other, on the states as they lie in memory: a chunk would be mostly padding.
 template <class F> struct Steps {
     static constexpr int W = Lanes<F>::W;
     using V = Vec<F>;
@@ -817,18 +826,19 @@ template <class F> struct Steps {
         if (!from) memset(to, 0, square * sizeof(F)), from = to;
         load_as(u, static_cast<const F*>(p.u) + h * N, 1, 1, N, N);
         for (int64_t t = 0; t < p.T; t++, from = to) {
-            int64_t at_t = ((b * p.T + t) * p.H + h) * N;
-            Element<F>::as(p.type, [&](auto e) __attribute__((always_inline)) {
-                load_as(r, static_cast<const decltype(e)*>(p.r) + at_t, 1, 1, N, N);
-                load_as(k, static_cast<const decltype(e)*>(p.k) + at_t, 1, 1, N, N);
-                load_as(v, static_cast<const decltype(e)*>(p.v) + at_t, 1, 1, N, N);
-            });
-            Element<F>::as(p.w_type, [&](auto e) __attribute__((always_inline)) {
-                load_as(w, static_cast<const decltype(e)*>(p.log_w) + at_t, 1, 1, N, N);
-            });
+            int64_t first = ((b * p.T + t) * p.H + h) * N;
+            auto read = [&](F* to, const void* tensor, int type) {
+                Element<F>::as(type, [&](auto element) __attribute__((always_inline)) {
+                    load_as(to, static_cast<const decltype(element)*>(tensor) + first, 1, 1, N, N);
+                });
+            };
+            read(r, p.r, p.type);
+            read(k, p.k, p.type);
+            read(v, p.v, p.type);
+            read(w, p.log_w, p.w_type);
             step(from, to);
-            Element<F>::as(p.type, [&](auto e) __attribute__((always_inline)) {
-                store_as(static_cast<decltype(e)*>(p.y) + at_t, y, 1, 1, N, N);
+            Element<F>::as(p.type, [&](auto element) __attribute__((always_inline)) {
+                store_as(static_cast<decltype(element)*>(p.y) + first, y, 1, 1, N, N);
             });
         }
     }
@@ -900,7 +910,8 @@ struct Cut {
 template <class F, class Added>
 void carry(F* states, const F* first, const Cut& cut, const Threads& threads, const Added& added) {
     const Problem& p = cut.p;
-    int64_t n = cut.segments, heads = p.B * p.H, square = p.N * p.N, np = (p.N + Lanes<F>::W - 1) / Lanes<F>::W * Lanes<F>::W;
+    constexpr int W = Lanes<F>::W;
+    int64_t n = cut.segments, heads = p.B * p.H, square = p.N * p.N, np = (p.N + W - 1) / W * W;
     Buffer<F> decays(heads * n * np);
     memset(decays.p, 0, heads * n * np * sizeof(F));
     threads.each(heads * (n - 1), [&](int64_t i) {

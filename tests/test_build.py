@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops import build, wkv6_cpu
+from rwkv_bone.ops.wkv6 import wkv6
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -132,6 +134,23 @@ def test_without_a_compiler_says_how_to_get_one_and_that_op_torch_needs_none(tmp
     cure = r"apt install g\+\+ \(or conda install .*cxx-compiler\), or use --op torch"
     with pytest.raises(UserError, match=rf"needs a C\+\+ compiler and none of .*g\+\+.* is on PATH; {cure}"):
         build.cxx_compiler()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_op_tells_of_a_missing_compiler_and_op_torch_works(grad, tmp_path, monkeypatch):
+    inputs = [torch.rand(1, 4, 2, 8).requires_grad_(grad) for _ in range(3)] + [-torch.rand(1, 4, 2, 8), torch.rand(2, 8)]
+    wkv6_cpu.library.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+            patch.setenv("PATH", str(tmp_path))
+            patch.delenv("CXX", raising=False)
+            with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+                wkv6(*inputs)
+            y, _ = wkv6(*inputs, op="torch")
+    finally:
+        wkv6_cpu.library.cache_clear()
+    torch.testing.assert_close(y, wkv6(*inputs)[0])
 
 
 def test_the_compiler_that_conda_names_in_cxx_is_taken(tmp_path, monkeypatch):
