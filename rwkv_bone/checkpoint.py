@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from . import __version__
 from .errors import UserError
 from .foreign import UNAIDED, Foreign, translate
-from .models.x060 import RWKV, ModelConfig
+from .models.x060 import RWKV, ModelConfig, TimeMix
 from .peft import METHODS, AdapterLinear, hf
+from .peft.adapter import Weight, weight_of
 from .safetensors import as_bytes, is_safetensors, open_safetensors
 from .web_rwkv import from_web
 
@@ -229,6 +230,7 @@ def write_pth(
 def record(archive: zipfile.ZipFile, name: str, data) -> None:
     """One member of a torch archive; its bytes start at a multiple of 64, as torch has it, so that they can be mapped."""
     info = zipfile.ZipInfo(f"archive/{name}")
+    assert archive.fp is not None  # open for writing
     header = archive.fp.tell() + 30 + len(info.filename) + 4 + 20  # local header, name, our field's head, zip64 field
     padding = -header % 64
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
@@ -394,7 +396,7 @@ class Adapter:
         """Whether the base's tensor of that name is another after merging."""
         return name in self.parts or name.removesuffix(".weight") in self.layers
 
-    def layer(self, name: str, weight: Tensor) -> AdapterLinear:
+    def layer(self, name: str, weight: Weight) -> AdapterLinear:
         """The adapter on one projection, whose base weight is given."""
         assert self.method and self.config
         if f"{name}.weight" in self.parts:
@@ -443,7 +445,7 @@ def load_adapter(model: RWKV, path: str | Path, force: bool = False, foreign: Fo
         add_time_state(model)
     model.requires_grad_(False)
     for name in adapter.layers:
-        model.set_submodule(name, adapter.layer(name, model.get_submodule(name).weight))
+        model.set_submodule(name, adapter.layer(name, weight_of(model, name)))
     for name in adapter.parts:
         parameter = model.get_parameter(name)
         parameter.data.copy_(adapter.tensors[name])
@@ -454,9 +456,10 @@ def load_adapter(model: RWKV, path: str | Path, force: bool = False, foreign: Fo
 def add_time_state(model: RWKV) -> None:
     """Give every layer an initial state of zeros, as state tuning trains it."""
     model.config = replace(model.config, time_state=True)
-    for block in model.blocks:
-        H, N = block.att.time_faaaa.shape
-        block.att.time_state = nn.Parameter(block.att.time_faaaa.new_zeros(H, N, N))
+    for module in model.modules():
+        if isinstance(module, TimeMix):
+            H, N = module.time_faaaa.shape
+            module.time_state = nn.Parameter(module.time_faaaa.new_zeros(H, N, N))
 
 
 def method_of(info: Mapping[str, Any], path: str | Path) -> tuple[type[AdapterLinear] | None, AdapterLinear.Config | None]:

@@ -10,31 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .peft.adapter import PROJECTIONS, FrozenLinear, projections
+from .peft.adapter import PROJECTIONS, FrozenLinear, QuantisedWeight, projections
 
 BLOCK = 64  # numbers of nf4 that share a scale
 
 
-class QuantisedWeight(nn.Module):
-    """What both kinds have: shape, the dtype of `dense()`, and their bytes as buffers, which casts of a model leave alone."""
-
-    def __init__(self, weight: Tensor, **tensors: Tensor):
-        super().__init__()
-        self.shape, self.dtype = weight.shape, weight.dtype
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.contiguous().view(torch.uint8))
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.buffers()).device
-
-    def dense(self) -> Tensor:
-        """The weight (out, in) that this stands for, in `dtype`; a new tensor."""
-        raise NotImplementedError
-
-
 class Int8Weight(QuantisedWeight):
     """W_oi = scale_o n_oi with whole n_oi in -127 ... 127."""
+
+    numbers: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor):
         scale = (weight.abs().amax(1, keepdim=True).float() / 127).to(weight.dtype)
@@ -48,6 +33,10 @@ class Int8Weight(QuantisedWeight):
 
 class Nf4Weight(QuantisedWeight):
     """Each number is one of 16 quantiles of the normal distribution, times the largest of its block of 64."""
+
+    numbers: Tensor
+    scale: Tensor
+    code: Tensor
 
     def __init__(self, weight: Tensor):
         numbers, state = bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
@@ -89,5 +78,5 @@ def quantise_model(model: nn.Module, kind: str, parts: Iterable[str] = PROJECTIO
     """Quantise the projections within `parts`, one by one, before adapters are put on them; return their names."""
     names = projections(model, parts)
     for name in names:
-        model.set_submodule(name, FrozenLinear(quantise(model.get_submodule(name).weight, kind)))
+        model.set_submodule(name, FrozenLinear(quantise(model.get_parameter(f"{name}.weight"), kind)))
     return names

@@ -232,6 +232,8 @@ class Block(nn.Module):
 class RWKV(nn.Module):
     """An RWKV-6 language model. `op` picks the WKV6 kernel (ops/wkv6.py); `grad_cp` recomputes blocks in backward."""
 
+    fingerprint: str  # what tells the loaded weights from others; see checkpoint.py
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

@@ -21,12 +21,39 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class QuantisedWeight(nn.Module):
+    """A frozen weight in fewer bits, see quant.py. Its bytes are buffers, which casts of a model leave alone."""
+
+    def __init__(self, weight: Tensor, **tensors: Tensor):
+        super().__init__()
+        self.shape, self.dtype = weight.shape, weight.dtype
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.contiguous().view(torch.uint8))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) that this stands for, in `dtype`; a new tensor."""
+        raise NotImplementedError
+
+
+Weight = Tensor | QuantisedWeight  # of a projection, (out, in)
+
+
+def weight_of(model: nn.Module, name: str) -> Weight:
+    """The weight of the projection of that name."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor | QuantisedWeight)
+    return weight
+
+
 class AdapterLinear(nn.Module):
     """A frozen projection (no bias) with an adapter. The base weight (out, in) stays under its key `weight`.
 
     The adapter is this layer's state dict less the weight. It is trained in float32 whatever the base's dtype is
-    (float64 on a float64 base). `forward(x)` equals `x @ merged_weight().T` but for rounding. The weight may be a quantised
-    one: anything with `shape`, `dtype`, `device` and `dense()`, see `dense` below.
+    (float64 on a float64 base). `forward(x)` equals `x @ merged_weight().T` but for rounding.
     """
 
     formula: ClassVar[str]  # what the method computes, in one line
@@ -40,9 +67,9 @@ class AdapterLinear(nn.Module):
             if self.r < 1:
                 raise UserError(f"r must be at least 1, not {self.r}")
 
-    def __init__(self, weight: Tensor | nn.Module, config: Config):
+    def __init__(self, weight: Weight, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
+        self.weight: Weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
         self.config = config
 
     @property
@@ -78,7 +105,7 @@ class AdapterLinear(nn.Module):
     def config_from(cls, options: Mapping[str, Any], method: str) -> Config:
         """Typed options of a method; one that it does not have is refused by name."""
         known = {f.name: type(f.default) for f in fields(cls.Config)}
-        typed = {}
+        typed: dict[str, Any] = {}
         for name, value in options.items():
             if name not in known:
                 raise UserError(f"--peft {method} has no option {name}; it has {', '.join(known)}")
@@ -95,7 +122,7 @@ class AdapterLinear(nn.Module):
         return f"in={in_}, out={out}, {self.config}"
 
 
-def dense(weight: Tensor | nn.Module) -> Tensor:
+def dense(weight: Weight) -> Tensor:
     """A base weight as a tensor (out, in): itself, or what a quantised one stands for, made anew at each call."""
     return weight if isinstance(weight, Tensor) else weight.dense()
 
@@ -108,7 +135,7 @@ class FrozenProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plus: Tensor | None, x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+    def forward(ctx, plus: Tensor | None, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
         if plus is None:
             return x @ dense(weight).T
@@ -124,7 +151,7 @@ class FrozenProduct(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """A projection whose weight is frozen and may be a quantised one: what `nn.Linear` cannot hold."""
 
-    def __init__(self, weight: nn.Module):
+    def __init__(self, weight: QuantisedWeight):
         super().__init__()
         self.weight = weight
 
@@ -176,7 +203,7 @@ def attach(
     model.requires_grad_(False)
     layers = []
     for name in names:
-        layers.append(method(model.get_submodule(name).weight, config))
+        layers.append(method(weight_of(model, name), config))
         model.set_submodule(name, layers[-1])
     return layers
 
@@ -210,7 +237,8 @@ def merge(model: nn.Module) -> None:
     """Replace every adapter by a plain projection of its merged weight, rounded once to the base's dtype."""
     for name, layer in adapters(model).items():
         weight = layer.merged_weight().to(layer.weight.dtype)
-        linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        out, in_ = weight.shape
+        linear = nn.Linear(in_, out, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         model.set_submodule(name, linear)
 
