@@ -6,16 +6,17 @@ Sizes: B batch, T time, C n_embd, A dim_att = H * N (H heads of size N), F dim_f
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from ..ops.recompute import recomputed, remade
 from ..ops.wkv6 import wkv6
 
 LN_X_EPS = 1e-5 * 8**2  # RWKV-LM: 1e-5 * head_size_divisor^2, with divisor 8 in every release
@@ -158,36 +159,53 @@ class TimeMix(nn.Module):
         self.gate = nn.Linear(C, A, bias=False)
         self.ln_x = nn.GroupNorm(H, A, eps=LN_X_EPS)
 
+    def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, ...]:
+        """The five inputs xw, xk, xv, xr, xg (B, T, C): x and its shift, mixed by weights that depend on both."""
+        B, T, C = x.shape
+        dx = token_shift(x, shift, reset).sub_(x)
+        mix = torch.tanh(torch.addcmul(x, dx, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5M)
+        maa = torch.cat([getattr(self, f"time_maa_{name}") for name in LERPS])  # (5, 1, C)
+        mix = torch.baddbmm(maa, mix.view(B * T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, B T, C)
+        return tuple(torch.addcmul(x, dx, weight.view(B, T, C)) for weight in mix.unbind(0))
+
+    def log_decay(self, h: Tensor, forget: Tensor | None) -> tuple[Tensor]:
+        """log_w (B, T, H, N) from the decay LoRA's inside h (B, T, D); -inf where `forget` (B, T, 1, 1)."""
+        ww = self.time_decay + h @ self.time_decay_w2
+        # float32: bf16 would cost 2^-9 of the decay rate
+        log_w = -ww.to(torch.promote_types(ww.dtype, torch.float32)).exp().view(*ww.shape[:2], *self.time_faaaa.shape)
+        return (log_w if forget is None else log_w.masked_fill(forget, -math.inf),)
+
+    def gated(self, y: Tensor, g: Tensor) -> tuple[Tensor]:
+        """What the output projection reads, (B, T, A)."""
+        return (self.ln_x(y.flatten(0, 1).flatten(1)).view(g.shape) * F.silu(g),)
+
     def forward(
         self, x: Tensor, shift: Tensor | None, wkv: Tensor | None, reset: Tensor | None = None, op: str = "auto"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), wkv (B, H, N, N) -> output (B, T, C), new shift, new wkv."""
         B, T, _ = x.shape
         H, N = self.time_faaaa.shape
-        dx = token_shift(x, shift, reset) - x
-        mix = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5M)
-        mix = torch.bmm(mix.view(B * T, 5, -1).transpose(0, 1), self.time_maa_w2).view(5, B, T, -1)  # (5, B, T, C)
-        xw, xk, xv, xr, xg = (
-            x + dx * (getattr(self, f"time_maa_{name}") + delta) for name, delta in zip(LERPS, mix.unbind(0))
-        )
-        r = self.receptance(xr).view(B, T, H, N)
-        k = self.key(xk).view(B, T, H, N)
-        v = self.value(xv).view(B, T, H, N)
-        g = F.silu(self.gate(xg))  # (B, T, A)
-        ww = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        # float32: bf16 would cost 2^-9 of the decay rate
-        log_w = -ww.to(torch.promote_types(ww.dtype, torch.float32)).exp().view(B, T, H, N)
+        forget = None
         if reset is not None:
             # the separator slot before a document forgets everything and adds nothing, so its successor sees zeros
-            last = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
-            k, log_w = k.masked_fill(last, 0), log_w.masked_fill(last, -math.inf)
+            forget = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
             if wkv is not None:  # its separator was the last slot of the chunk before
                 wkv = wkv.masked_fill(reset[:, 0].view(B, 1, 1, 1), 0)
+        own = list(self.parameters(recurse=False))
+        with remade(self.lerps, x, shift, reset, trained=own) as (xw, xk, xv, xr, xg):
+            r = self.receptance(xr).view(B, T, H, N)
+            k = self.key(xk).view(B, T, H, N)
+            v = self.value(xv).view(B, T, H, N)
+            g = self.gate(xg)  # (B, T, A)
+            h = torch.tanh(xw @ self.time_decay_w1)  # (B, T, D)
+        if forget is not None:
+            k = k.masked_fill(forget, 0)
         if wkv is None and hasattr(self, "time_state"):
-            wkv = self.time_state.transpose(1, 2).to(log_w.dtype).expand(B, H, N, N).contiguous()
-        y, wkv = wkv6(r, k, v, log_w, self.time_faaaa, wkv, op)
-        y = self.ln_x(y.reshape(B * T, H * N)).view(B, T, H * N)
-        return self.output(y * g), x[:, -1], wkv
+            wkv = self.time_state.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
+        with remade(self.log_decay, h, forget, trained=own) as (log_w,):
+            y, wkv = wkv6(r, k, v, log_w, self.time_faaaa, wkv, op)
+        with remade(self.gated, y, g, trained=list(self.ln_x.parameters())) as (gated,):
+            return self.output(gated), x[:, -1], wkv
 
 
 class ChannelMix(nn.Module):
@@ -200,11 +218,37 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(F_, C, bias=False)
 
+    def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The inputs of key and receptance, (B, T, C)."""
+        dx = token_shift(x, shift, reset).sub_(x)
+        return torch.addcmul(x, dx, self.time_maa_k), torch.addcmul(x, dx, self.time_maa_r)
+
     def forward(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        dx = token_shift(x, shift, reset) - x
-        k = torch.relu(self.key(x + dx * self.time_maa_k)) ** 2  # (B, T, F)
-        return torch.sigmoid(self.receptance(x + dx * self.time_maa_r)) * self.value(k), x[:, -1]
+        with remade(self.lerps, x, shift, reset, trained=(self.time_maa_k, self.time_maa_r)) as (xk, xr):
+            k = self.key(xk)  # (B, T, F)
+            r = self.receptance(xr)
+        with remade(squared_relu, k) as (k,):
+            v = self.value(k)
+        return torch.sigmoid(r) * v, x[:, -1]
+
+
+class SquaredRelu(torch.autograd.Function):
+    """relu(x)^2 with one temporary of x's size in each direction, where autograd's own takes three."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.relu(x).mul_(2).mul_(g)
+
+
+def squared_relu(x: Tensor) -> tuple[Tensor]:
+    return (SquaredRelu.apply(x),)
 
 
 class Block(nn.Module):
@@ -227,6 +271,17 @@ class Block(nn.Module):
         x = x + delta
         delta, ffn_shift = self.ffn(self.ln2(x), ffn_shift, reset)
         return x + delta, LayerState(shift, wkv, ffn_shift)
+
+
+def recomputed_block(block: Callable, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+    """A block of which autograd keeps the inputs alone."""
+
+    def flat(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        x, new = block(x, LayerState(*state) if state else None)
+        return x, *new
+
+    x, *new = recomputed(flat, x, *(state or ()))
+    return x, LayerState(*new)
 
 
 class RWKV(nn.Module):
@@ -260,11 +315,10 @@ class RWKV(nn.Module):
         x = self.emb(idx)
         new_state = []
         for layer, block in enumerate(self.blocks):
-            args = (x, state[layer] if state is not None else None, reset, self.op)
+            run = partial(block, reset=reset, op=self.op)
             if self.grad_cp and torch.is_grad_enabled():
-                x, layer_state = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x, layer_state = block(*args)
+                run = partial(recomputed_block, run)
+            x, layer_state = run(x, state[layer] if state is not None else None)
             new_state.append(layer_state)
         return self.ln_out(x), new_state
 

@@ -1,0 +1,93 @@
+"""Trade arithmetic for memory: tensors that are cheap to make are made again in the backward pass, not kept for it."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Outputs = Sequence[Tensor]
+
+
+@contextlib.contextmanager
+def remade(f: Callable[..., Outputs], *args: Tensor | None, trained: Sequence[Tensor] = ()) -> Iterator[Outputs]:
+    """`with remade(f, *args) as outputs:` gives f(*args), and of f's inside and its outputs autograd keeps nothing but `args`.
+
+    What is called within the block may keep the outputs for its own backward, as a projection does its input: it gets them made
+    anew there, all at once. `trained`: tensors that f uses beside `args` and that may want a gradient. f must be deterministic,
+    and its outputs no views of one another.
+    """
+    if not torch.is_grad_enabled():
+        yield f(*args)
+        return
+    again = Again(f, args, [t for t in trained if t.requires_grad])
+    outputs = Remade.apply(again, *args, *again.trained)
+    places = {t.untyped_storage()._cdata: i for i, t in enumerate(outputs)}
+    assert len(places) == len(outputs)
+
+    def pack(t: Tensor):
+        place = places.get(t.untyped_storage()._cdata)
+        if place is None:
+            return t
+        again.waiting += 1
+        return place, t.shape, t.stride(), t.storage_offset()
+
+    def unpack(kept):
+        if isinstance(kept, Tensor):
+            return kept
+        place, *view = kept
+        t = again.make()[place].detach().as_strided(*view)
+        again.waiting -= 1
+        if again.waiting <= 0 and not again.wants_gradient:
+            again.outputs = None
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield outputs
+
+
+class Again:
+    """f with its arguments, for running it once more in backward. Holds no part of the graph that it is used in."""
+
+    def __init__(self, f: Callable[..., Outputs], args: Sequence[Tensor | None], trained: Sequence[Tensor]):
+        self.f, self.trained = f, trained
+        self.args = [a if a is None else a.detach().requires_grad_(a.requires_grad) for a in args]
+        self.wanted = [a for a in (*self.args, *trained) if a is not None and a.requires_grad]
+        self.wants_gradient = bool(self.wanted)
+        self.outputs: Outputs | None = None
+        self.waiting = 0  # tensors that were not kept and are still to be asked for
+
+    def make(self) -> Outputs:
+        if self.outputs is None:
+            with torch.enable_grad():
+                self.outputs = self.f(*self.args)
+        return self.outputs
+
+
+class Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, again: Again, *args):
+        ctx.again = again
+        return tuple(again.f(*args[: len(again.args)]))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        again = ctx.again
+        outputs, again.outputs = again.make(), None
+        # an output that needs no gradient: of `trained`, f may use nothing (a trained time_state is no part of the lerps)
+        pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad]
+        if not pairs:
+            return None, *(None for _ in (*again.args, *again.trained))
+        found = iter(torch.autograd.grad([o for o, _ in pairs], again.wanted, [g for _, g in pairs], allow_unused=True))
+        return None, *(next(found) if a is not None and a.requires_grad else None for a in (*again.args, *again.trained))
+
+
+def recomputed(f: Callable[..., Outputs], *args: Tensor | None) -> Outputs:
+    """f(*args), of which autograd keeps `args` alone and runs f again in backward, then with all that it keeps.
+
+    Gradients are added to parameters' `.grad`: by `backward()`, and not for `torch.autograd.grad`. Random numbers are the same
+    in both runs.
+    """
+    wanted = torch.zeros((), requires_grad=True)  # parameters of f may train where no argument asks for a gradient
+    return checkpoint(lambda _, *a: f(*a), wanted, *args, use_reentrant=True)
