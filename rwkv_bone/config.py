@@ -60,7 +60,7 @@ STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{s}" for s in ("1", "2", "2_off
 AT_LEAST = {
     1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a chunk_ctx",
     0: "vocab_size n_layer n_embd dim_att dim_ffn epoch_begin epoch_steps warmup_steps save_every_steps save_every_minutes "
-    "lr_init weight_decay grad_clip adam_eps threads",
+    "lr_init weight_decay grad_clip adam_eps threads val_every patience",
 }
 
 
@@ -108,6 +108,9 @@ class TrainConfig:
     vocab_file: str = flag("", "data", "World vocabulary file; default: that of the installed pyrwkv-tokenizer or rwkv package")
     encoding: str = flag("utf-8", "data", "text encoding of the byte tokenizer", choices=("utf-8", "utf-16-le"))
 
+    val_file: str = flag("", "data", "held-out data of the same kind: its loss is measured while training")
+    val_split: float = flag(0.0, "data", "or the share of data_file's documents to hold out, spread evenly over it")
+
     peft: str = flag("bone", "method", f"{', '.join(METHODS)}, or none: the whole model trains")
     parts: tuple[str, ...] = flag(PROJECTIONS, "method", "projections that get an adapter: att, ffn, att.key, ...")
     train_parts: tuple[str, ...] = flag((), "method", f"parts trained in full beside it: {', '.join(TRAIN_PARTS)}")
@@ -132,6 +135,8 @@ class TrainConfig:
     adam_eps: float = flag(1e-8, "training", "Adam")
     weight_decay: float = flag(0.0, "training", "AdamW, on matrices only")
     grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
+    val_every: int = flag(0, "training", "steps between two validations; 0: at the end of each epoch")
+    patience: int = flag(0, "training", "end the run after so many validations without a better one; 0: never")
     train_type: str = flag(
         "none",
         "training",
@@ -173,6 +178,12 @@ class TrainConfig:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
         if not self.data_file:
             raise UserError("--data_file is missing: the prefix of a .bin/.idx pair, or .jsonl files with --data_type jsonl")
+        if not 0 <= self.val_split < 1:
+            raise UserError(f"--val_split is a share, at least 0 and below 1, not {self.val_split}")
+        if self.val_split and (self.val_file or self.dataload == "get"):
+            raise UserError("--val_split holds documents of --data_file out: not with --val_file, and not with --dataload get")
+        if (self.patience or self.val_every) and not (self.val_file or self.val_split):
+            raise UserError("--val_every and --patience need held-out data: --val_file or --val_split")
         if self.resume not in ("", "auto"):
             raise UserError(f"--resume takes auto, not {self.resume!r}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):

@@ -130,6 +130,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
 
     from .module import FineTune
     from .records import Records
+    from .validation import Validation
 
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if not dtypes:
@@ -141,7 +142,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     model.op = config.op
     records = Records(config)
     trainer = L.Trainer(
-        callbacks=[records],
+        callbacks=[*([Validation(config)] if data.validation is not None else []), records],
         accelerator="gpu" if device_type(config) == "cuda" else "cpu",
         devices=device_count(config),
         num_nodes=config.num_nodes,

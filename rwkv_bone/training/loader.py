@@ -1,12 +1,14 @@
 """From the data room's batches to optimiser steps: which micro batches a step takes, from any step on."""
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import TrainConfig
-from ..data.documents import open_documents
+from ..data.documents import Documents, open_documents
 from ..data.samples import Batches
 from ..data.tokenizer import Tokenizer, open_tokenizer
+from ..errors import UserError
 
 
 class Steps(Dataset):
@@ -32,11 +34,25 @@ def make_tokenizer(config: TrainConfig, vocab_size: int) -> Tokenizer:
     return open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
 
 
+def split(documents: Documents, share: float) -> tuple[Documents, Documents]:
+    """Hold `share` of the documents out, at even distances: those to train on, and those held out."""
+    n = len(documents)
+    held = np.unique(np.linspace(0, n - 1, max(1, round(share * n))).astype(np.int64))
+    if len(held) == n:
+        raise UserError(f"--val_split {share} of {n} documents leaves none to train on")
+    rest = np.setdiff1d(np.arange(n), held)
+    parts = (
+        Documents(documents.tokens, documents.starts[which], documents.sizes[which], documents.mask, documents.name)
+        for which in (rest, held)
+    )
+    return tuple(parts)
+
+
 class TrainingData:
     """The documents of a run and how they are cut into samples, micro batches and steps."""
 
-    def __init__(self, documents, config: TrainConfig, vocab_size: int = 0):
-        self.documents, self.config, self.vocab_size = documents, config, vocab_size
+    def __init__(self, documents: Documents, config: TrainConfig, vocab_size: int = 0, validation: Documents | None = None):
+        self.documents, self.config, self.vocab_size, self.validation = documents, config, vocab_size, validation
         self.samples = len(self.batches().samples)
 
     @classmethod
@@ -45,8 +61,18 @@ class TrainingData:
         text = config.data_type in ("jsonl", "utf-8") or (config.data_type == "auto" and ".jsonl" in config.data_file)
         tokenizer = make_tokenizer(config, vocab_size) if text or config.data_file.endswith(".txt") else None
         loss_mask = "all" if config.loss_mask == "none" else config.loss_mask
-        documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
-        return cls(documents, config, vocab_size)
+        documents, validation = (
+            open_documents(file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask) if file else None
+            for file in (config.data_file, config.val_file)
+        )
+        if config.val_split:
+            documents, validation = split(documents, config.val_split)
+        return cls(documents, config, vocab_size, validation)
+
+    def held_out(self, rank: int, world: int) -> Batches:
+        """The held-out documents in whole: chunks of ctx_len, in order."""
+        c = self.config
+        return Batches(self.validation, "chunk", c.ctx_len, c.micro_bsz, rank, world, shuffle=False)
 
     def tokenizer(self) -> Tokenizer:
         return make_tokenizer(self.config, self.vocab_size)
@@ -80,4 +106,6 @@ class TrainingData:
         steps, all_steps = self.steps_per_epoch(world), self.batches(0, world).sampler.batches_per_epoch
         if steps * self.config.accumulate_grad_batches < all_steps:
             lines.append(f"--epoch_steps {steps} ends each epoch before all of it was seen")
+        if self.validation is not None:
+            lines.append(f"validation on {len(self.validation):,} documents, {self.validation.total_tokens:,} tokens")
         return lines

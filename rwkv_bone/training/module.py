@@ -50,6 +50,7 @@ class FineTune(L.LightningModule):
         self.data = data
         self.config = config
         self.step = 0  # optimiser steps done
+        self.ended_early = False  # by validation
         self.record: StepRecord | None = None
         self.seed = config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31)  # the first device's counts
         self.stop_requested = 0  # signal number, on this device; agreed with the others at the end of each step

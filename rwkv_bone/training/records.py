@@ -128,8 +128,8 @@ class Records(L.Callback):
             self.write("loss_data.jsonl", json.dumps(line))
             self.to_loggers(trainer, line)
             self.progress.update(record)
-        epoch_ended = record.step % module.data.steps_per_epoch(trainer.world_size) == 0
-        finished = record.step == module.total_steps
+        finished = record.step == module.total_steps or module.ended_early
+        epoch_ended = finished or record.step % module.data.steps_per_epoch(trainer.world_size) == 0
         if epoch_ended:
             self.end_epoch(record)
         due = config.save_every_steps and record.step % config.save_every_steps == 0
@@ -138,7 +138,7 @@ class Records(L.Callback):
         if config.save_every_minutes and time.monotonic() - self.saved_at > 60 * config.save_every_minutes:
             module.save_requested = self.rank_zero
         # after the checkpoint: where there is a result, there is what --resume needs to know that it is one
-        if epoch_ended and result_due(config, record.epoch):
+        if epoch_ended and (finished or result_due(config, record.epoch)):
             self.save_result(module, f"rwkv-{record.epoch}.pth")
         if module.stopping and not finished:
             self.interrupted = True
@@ -146,6 +146,7 @@ class Records(L.Callback):
             if self.rank_zero:
                 print(f"stopped after step {module.step}; saved {path}; --resume auto goes on from here", flush=True)
             trainer.should_stop = True
+        trainer.should_stop = trainer.should_stop or module.ended_early
         if finished or self.interrupted:
             trainer.strategy.barrier()  # a launcher that sees one device end may end the others, and the first still writes
 
