@@ -58,3 +58,16 @@ def test_a_split_is_a_partition_of_the_documents(world):
     assert (len(rest), len(held)) == (18, 6)
     a, b, whole = ([tuple(part[i][0].tolist()) for i in range(len(part))] for part in (rest, held, documents))
     assert sorted(a + b) == sorted(whole) and not set(a) & set(b)
+
+
+def test_a_loss_that_is_not_finite_says_where_it_began(make_model):
+    from rwkv_bone.training.module import not_finite_in
+
+    micro = [{"idx": torch.randint(50, (1, 4))}]
+    model = make_model(n_layer=3)
+    assert not_finite_in(model, micro) == ""
+    model.requires_grad_(False)
+    model.blocks[1].ffn.value.weight[0, 0] = float("inf")
+    assert not_finite_in(model, micro) == ", first not finite after blocks.1"
+    model.blocks[1].ffn.value.weight.requires_grad_(True)
+    assert not_finite_in(model, micro) == ", blocks.1.ffn.value.weight is not finite"

@@ -136,7 +136,8 @@ class FineTune(L.LightningModule):
         grad_norm = self.engine.step(config.grad_clip) if math.isfinite(loss_mean) else math.nan
         if not math.isfinite(grad_norm):
             raise UserError(
-                f"step {self.step + 1}: loss {loss_mean}, gradient norm {grad_norm}, at learning rate {lr:.3g}; "
+                f"step {self.step + 1}: loss {loss_mean}, gradient norm {grad_norm}, at learning rate {lr:.3g}"
+                f"{not_finite_in(self.model, micro_batches)}; "
                 f"what was saved before is good: lower --lr_init or --grad_clip and go on with --resume auto"
             )
         self.step += 1
@@ -146,3 +147,18 @@ class FineTune(L.LightningModule):
             self.step, epoch, loss_mean, lr, grad_norm, int(trained), int(tokens), now - self.step_began
         )
         self.step_began = now
+
+
+@torch.no_grad()
+def not_finite_in(model: RWKV, micro_batches: list[dict[str, Tensor]]) -> str:
+    """Where the model first leaves the finite numbers: a trained tensor, a block's output, or nowhere seen. For a message."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and not p.isfinite().all():
+            return f", {name} is not finite"
+    for micro in micro_batches:
+        x = model.emb(micro["idx"])
+        for i, block in enumerate(model.blocks):
+            x, _ = block(x, None, micro.get("reset"), model.op)
+            if not x.isfinite().all():
+                return f", first not finite after blocks.{i}"
+    return ""
