@@ -13,6 +13,7 @@ from torch import Tensor
 from .checkpoint import Adapter
 from .errors import UserError
 from .peft import AdapterLinear
+from .peft.adapter import dense
 from .peft.dora import DoraLinear
 from .peft.lora import LoraLinear
 from .peft.miss import MissLinear
@@ -54,7 +55,7 @@ def as_lora(
         layer = adapter.layer(name, base[f"{name}.weight"].to(device))
         exact = exact_factors(layer)
         rank = rank or (len(exact[0]) if exact else layer.config.r)
-        update = layer.merged_weight() - layer.weight.to(layer.dtype)
+        update = layer.merged_weight() - dense(layer.weight).to(layer.dtype)
         A, B = exact if exact and len(exact[0]) <= rank else best_factors(update, rank)
         sizes[name] = update.norm().item(), (update - B @ A).norm().item()
         missing = rank - len(A)  # a smaller projection than the rank, or a LoRA of less

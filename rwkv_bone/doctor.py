@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .errors import UserError, run
@@ -187,13 +188,15 @@ def relative_errors(op: str, device: str, dtype, N: int = 64) -> dict[str, float
     log_w = -torch.exp(torch.randn(B, T, H, N, generator=generator) - 2)
     u, state = torch.randn(H, N, generator=generator), torch.randn(B, H, N, N, generator=generator)
     results = []
-    for function, place, number in ((wkv6_reference, "cpu", torch.float64), (wkv6, device, None)):
+    cases: list[tuple[Callable, str, torch.dtype | None]]
+    cases = [(wkv6_reference, "cpu", torch.float64), (partial(wkv6, op=op), device, None)]
+    for function, place, number in cases:
         inputs = [x.detach().to(place, number or x.dtype, copy=True).requires_grad_() for x in (r, k, v, log_w, u, state)]
-        y, final = function(*inputs) if function is wkv6_reference else function(*inputs, op)
+        y, final = function(*inputs)
         # gradients that weigh the outputs, the same in both
         weight = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
-        ((y * weight).sum() + (final * torch.linspace(-1, 1, final.numel()).view(final.shape).to(final)).sum()).backward()
-        results.append([x.detach().double().cpu() for x in (y, final, *(x.grad for x in inputs))])
+        total = (y * weight).sum() + (final * torch.linspace(-1, 1, final.numel()).view(final.shape).to(final)).sum()
+        results.append([x.detach().double().cpu() for x in (y, final, *torch.autograd.grad(total, inputs))])
     names = ("y", "final state", *(f"gradient of {name}" for name in ("r", "k", "v", "log_w", "u", "state")))
     return {name: float((a - b).norm() / a.norm()) for name, a, b in zip(names, *results)}
 

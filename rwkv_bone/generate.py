@@ -20,6 +20,7 @@ Temperature, top-p and penalties are those of the `rwkv` package (PIPELINE_ARGS)
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import random
@@ -232,14 +233,17 @@ def completions(
         raise UserError(f"--max_tokens {max_tokens} and --batch_size {batch_size} must be at least 1")
     if "" in stop:
         raise UserError("a stop string must not be empty")
-    rows, repeats = [], Counter()
+    rows: list[Row] = []
+    repeats: Counter[tuple[int, ...]] = Counter()
     for index, prompt in enumerate(prompts):
-        tokens = tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or tokenizer.end
-        rows.append(Row(index, list(tokens), tokenizer, stop, max_tokens, f"{seed} {repeats[tokens]} {tokens}", on_text))
-        repeats[tokens] += 1
+        read_first = tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or tokenizer.end
+        source = f"{seed} {repeats[read_first]} {read_first}"
+        rows.append(Row(index, list(read_first), tokenizer, stop, max_tokens, source, on_text))
+        repeats[read_first] += 1
     waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
     rows, device = [], model.emb.weight.device
-    logits = carried = None
+    logits = torch.empty(0, model.config.vocab_size, device=device)  # of `rows`, as their state `carried`
+    carried: State = []
     said = torch.zeros(2, 0, model.config.vocab_size, device=device)  # per row and token: sampled before, and the count
     uncounted: dict[int, bool] = {}
     while waiting or rows:
@@ -271,8 +275,8 @@ def completions(
         if any(done):
             kept = [i for i, completion in enumerate(done) if not completion]
             rows = [rows[i] for i in kept]
-            kept = torch.tensor(kept, dtype=torch.int64, device=device)
-            chosen, carried, said = chosen[kept], select(carried, kept), said[:, kept] if sampling.penalises else said
+            places = torch.tensor(kept, dtype=torch.int64, device=device)
+            chosen, carried, said = chosen[places], select(carried, places), said[:, places] if sampling.penalises else said
         if rows:
             logits, carried = step(model, chosen, carried)
 
@@ -492,7 +496,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--samples {args.samples} and --max_tokens {args.max_tokens} must be at least 1")
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     with memory_advice("take a smaller --batch_size, or --device cpu"):
         if args.chat:
             chat(model, tokenizer, template, sampling, args.max_tokens, args.seed)

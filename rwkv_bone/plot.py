@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         raise UserError("pictures are drawn with matplotlib; pip install matplotlib") from None
     data = {str(path): read_run(path) for path in runs}
     with_lr = any(np.isfinite(columns["lr"]).any() for columns in data.values())
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -121,7 +122,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
                 place = loss_panel.get_xaxis_transform()  # at the bottom, whatever the losses are
                 text = f"{name}: {bad.sum()} steps without a finite loss"
                 loss_panel.plot(step[bad], np.full(bad.sum(), 0.02), "x", color="#c00000", transform=place, label=text)
-            if with_lr:
+            if lr_panel is not None:
                 lr_panel.plot(step, columns["lr"], color=colour, linewidth=1.5, **mark)
             speed = 1000 * columns["kt_s"]
             if window > 1:
@@ -136,7 +137,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         loss_panel.set_ylim(*loss_limits(data.values(), smoothed.values()))
         loss_panel.set_ylabel("loss (nats per token)")
         loss_panel.legend(loc="upper right", title="smoothed loss at the end")
-        if with_lr:
+        if lr_panel is not None:
             lr_panel.set_ylabel("learning rate")
             lr_panel.set_ylim(bottom=0)
             lr_panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -100,4 +100,4 @@ def write_safetensors(
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in row-major order; not copied if it lies like that on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

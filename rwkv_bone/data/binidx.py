@@ -16,6 +16,7 @@ import contextlib
 import os
 import struct
 from array import array
+from typing import BinaryIO
 
 import numpy as np
 
@@ -178,7 +179,7 @@ class BinidxWriter:
         self.overwrite = overwrite
         self.total_tokens = self.trained_tokens = 0
         self.sizes = array("i")
-        self._files = {}  # ending -> open temporary file
+        self._files: dict[str, BinaryIO] = {}  # ending -> open temporary file
         self._refuse_existing()
         try:
             os.makedirs(os.path.dirname(os.path.abspath(self.prefix)), exist_ok=True)

@@ -160,12 +160,14 @@ def open_documents(
         raise UserError(f"loss_mask {loss_mask!r} is not known; choose from {', '.join(LOSS_MASKS)}")
     if data_type == "binidx":
         documents = Documents.from_binidx(paths[0], use_mask=loss_mask == "answer")
-    elif data_type == "jsonl":
-        documents = Documents.from_jsonl(paths, RowEncoder(tokenizer, **options))
     elif data_type == "numpy":
         documents = Documents.from_numpy(paths[0])
     else:
-        documents = Documents.from_text(paths[0], tokenizer)
+        assert tokenizer is not None
+        if data_type == "jsonl":
+            documents = Documents.from_jsonl(paths, RowEncoder(tokenizer, **options))
+        else:
+            documents = Documents.from_text(paths[0], tokenizer)
     if vocab_size is None and tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     if vocab_size is not None:

@@ -32,8 +32,8 @@ import signal
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -265,7 +265,7 @@ class Encoded(NamedTuple):
 
 def find_files(patterns) -> list[str]:
     """The files that paths and globs name, each glob's in order of name. UserError for one that names none."""
-    found = []
+    found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
         pattern = os.fspath(pattern)
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -336,7 +336,7 @@ def encode_lines(batch: Lines, encoder: RowEncoder) -> Encoded:
     return Encoded(np.array(tokens, dtype), np.array(sizes, np.int64), flat, skipped, batch.read)
 
 
-def encode_files(paths: list[str], encoder: RowEncoder, workers: int = 1) -> Iterator[Encoded]:
+def encode_files(paths: list[str], encoder: RowEncoder, workers: int = 1) -> Generator[Encoded, None, None]:
     """Documents of all files in order, whatever the number of processes; at most a few batches a worker are held at once."""
     batches = read_lines(paths)
     if workers <= 1:
@@ -344,7 +344,7 @@ def encode_files(paths: list[str], encoder: RowEncoder, workers: int = 1) -> Ite
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
     pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
-    waiting = deque()
+    waiting: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
             waiting.append(pool.submit(_work, batch))
@@ -358,12 +358,21 @@ def encode_files(paths: list[str], encoder: RowEncoder, workers: int = 1) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
+_encoder: RowEncoder  # of a worker process
+
+
 def _start_worker(encoder: RowEncoder) -> None:
     global _encoder
     _encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # nor outlive it
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()  # nor outlive it
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _work(batch: Lines) -> Encoded:

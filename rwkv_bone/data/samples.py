@@ -116,7 +116,7 @@ def pack(lengths: np.ndarray, ctx_len: int) -> np.ndarray:
 
     Best fit, longest first: each piece goes where it leaves the least room. Rows are numbered as they are begun.
     """
-    rows_by_room = [[] for _ in range(ctx_len + 2)]  # with one slot more, each piece brings its own separator
+    rows_by_room: list[list[int]] = [[] for _ in range(ctx_len + 2)]  # with one slot more, each piece brings its own separator
     some = 0  # bit k: there is a row with room k
     row_of, n_rows = np.empty(len(lengths), np.int64), 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
@@ -199,11 +199,11 @@ class BatchSampler(Sampler):
         self.seed, self.shuffle, self.epoch, self.start_batch = seed, shuffle, epoch, start_batch
         self.samples_per_device = -(-n // world_size)
         self.batches_per_epoch = -(-self.samples_per_device // micro_bsz)
-        self._order = (None, None)  # epoch, order
+        self._order: tuple[int, np.ndarray] | None = None  # epoch, order
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (samples_per_device * world_size,): all samples of the epoch and what fills up."""
-        if self._order[0] != epoch:
+        if self._order is None or self._order[0] != epoch:
             order = np.full(self.samples_per_device * self.world_size, EMPTY, np.int64)
             # RandomState: numpy promises that its streams never change, so a resumed run meets the same order
             generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
@@ -225,7 +225,7 @@ class BatchSampler(Sampler):
         return (self.batch(self.epoch, number) for number in range(self.start_batch, self.batches_per_epoch))
 
     def __getstate__(self):
-        return {**self.__dict__, "_order": (None, None)}
+        return {**self.__dict__, "_order": None}
 
 
 @dataclass(frozen=True)

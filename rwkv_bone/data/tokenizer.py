@@ -106,7 +106,7 @@ class WorldTokenizer(Tokenizer):
         self._ids = {entry: i for i, entry in self._entries.items()}
         _check_top(max(self._entries), vocab_size, self.vocab_file)
         # Which lengths to try, longest first, by the first three bytes (one and two where no longer entry begins so).
-        lengths = {}
+        lengths: dict[bytes, set[int]] = {}
         for entry in self._ids:
             if len(entry) > 2:
                 lengths.setdefault(entry[:3], {1, 2}).add(len(entry))
@@ -121,7 +121,7 @@ class WorldTokenizer(Tokenizer):
             raise UserError("fast tokenizing needs pyrwkv-tokenizer and its own vocabulary; pip install pyrwkv-tokenizer")
 
     def encode(self, text: str) -> list[int]:
-        if not self.fast:
+        if self._rust is None:
             return self.encode_bytes(self._bytes(text))
         try:
             return self._rust.encode(text)
@@ -131,14 +131,15 @@ class WorldTokenizer(Tokenizer):
     def encode_bytes(self, data: bytes) -> list[int]:
         """Tokens of any bytes, whether UTF-8 or not."""
         ids, lengths, short = self._ids, self._lengths, (2, 1)
-        out, at, end = [], 0, len(data)
+        out: list[int] = []
+        at, end = 0, len(data)
         while at < end:
             for n in lengths.get(data[at : at + 3], short):
                 token = ids.get(data[at : at + n])
                 if token is not None:  # every single byte is an entry, so one of the lengths fits
+                    out.append(token)
+                    at += len(self._entries[token])
                     break
-            out.append(token)
-            at += len(self._entries[token])
         return out
 
     def decode_bytes(self, ids) -> bytes:
@@ -208,9 +209,10 @@ def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None,
     """
     spec = os.fspath(spec or "auto")
     if spec == "auto":
-        spec = {256: "byte", 257: "byte", 65536: "world"}.get(vocab_size)
-        if spec is None:
+        known = {256: "byte", 257: "byte", 65536: "world"}.get(vocab_size)
+        if known is None:
             raise UserError(f"no tokenizer is known for a vocabulary of {vocab_size}; give --tokenizer PATH/tokenizer.json")
+        spec = known
     if spec == "byte":
         return ByteTokenizer(vocab_size, encoding)
     if spec == "world":

@@ -7,6 +7,7 @@ python -m rwkv_bone.evaluate loss  --model M.pth --data TEXT.txt | DATA.jsonl | 
 
 import argparse
 import hashlib
+import io
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -146,7 +147,8 @@ def evaluate_loss(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if args.task == "loss":
         evaluate_loss(args)
     else:

@@ -135,7 +135,9 @@ def measure(
 
 def summary(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Loss, perplexity, bits per byte (None where bytes are not known or only some tokens count), and what they were taken of."""
-    nll, counted, tokens, bytes_, masked = [], 0, 0, 0, False
+    nll: list[float] = []
+    counted, tokens, masked = 0, 0, False
+    bytes_: int | None = 0
     for item in results:
         nll.append(item["nll"])
         counted, tokens, masked = counted + item["counted"], tokens + item["tokens"], masked or item["masked"]

@@ -47,7 +47,7 @@ class Problem:
 
 def read_problems(task: Task, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
     """The problems of jsonl files, the first `limit` of them (0: all); `solution` names the field that ends with the answer."""
-    problems = []
+    problems: list[Problem] = []
     lines = (line for batch in read_lines(list(paths)) for line in enumerate_lines(batch))
     for where, line in lines:
         if not line.strip():

@@ -32,13 +32,17 @@ def sizes_fit(in_: int, out: int, r: int) -> bool:
 def forward(x: Tensor, u: Tensor, y: Tensor) -> None:
     """u (n, m, r) becomes x (n, in) + u, rounded without bias; y (n, out) becomes the sum of u's pieces, in every piece."""
     n, _, r = u.shape
-    wkv6_cuda.run(library(x.device).bone_forward, x.device, n, x.shape[1], y.shape[1], r, x, u, y)
+    lib = library(x.device)
+    assert lib is not None  # `fits` has seen it
+    wkv6_cuda.run(lib.bone_forward, x.device, n, x.shape[1], y.shape[1], r, x, u, y)
 
 
 def backward(g: Tensor, q: Tensor, du: Tensor) -> None:
     """du (n, m, r) becomes q (n, m, r) + the sum of g's (n, out) pieces, in every piece."""
     n, m, r = q.shape
-    wkv6_cuda.run(library(g.device).bone_backward, g.device, n, m * r, g.shape[1], r, g, q, du)
+    lib = library(g.device)
+    assert lib is not None
+    wkv6_cuda.run(lib.bone_backward, g.device, n, m * r, g.shape[1], r, g, q, du)
 
 
 def library(device: torch.device) -> ctypes.CDLL | None:

@@ -5,6 +5,7 @@
 """
 
 import functools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -126,10 +127,12 @@ def describe(device: str, dtype: torch.dtype, N: int, op: str = "auto") -> str:
 def _kernels(device: str):
     """The one place that chooses a kernel: the module whose forward, backward, saved_shape and describe serve `device`."""
     if device == "cuda":
-        from rwkv_bone.ops import wkv6_cuda as kernels
-    else:
-        from rwkv_bone.ops import wkv6_cpu as kernels
-    return kernels
+        from rwkv_bone.ops import wkv6_cuda
+
+        return wkv6_cuda
+    from rwkv_bone.ops import wkv6_cpu
+
+    return wkv6_cpu
 
 
 def _check(r, k, v, log_w, u, state, op: str) -> torch.dtype:
@@ -160,12 +163,12 @@ def _check(r, k, v, log_w, u, state, op: str) -> torch.dtype:
             and state.is_contiguous()
             and state.is_floating_point()
         )
-    if not good:
+    if not good or compute is None:
         _refuse(r, k, v, log_w, u, state, op)
     return compute
 
 
-def _refuse(r, k, v, log_w, u, state, op: str) -> None:
+def _refuse(r, k, v, log_w, u, state, op: str) -> NoReturn:
     """Raise the ValueError that says why _check does not take these arguments."""
     if op not in OPS:
         raise ValueError(f"wkv6: op must be one of {', '.join(OPS)}, not {op!r}")

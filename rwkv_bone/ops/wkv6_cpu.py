@@ -7,6 +7,7 @@ import ctypes
 import functools
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def build_library(cache: Path | None = None) -> Path:
 @functools.cache
 def library() -> ctypes.CDLL:
     lib = build.load(build_library())
-    head = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
+    head: list[Any] = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
     lib.wkv6_cpu_forward.argtypes = head + [ctypes.c_void_p] * 9
     lib.wkv6_cpu_backward.argtypes = head + [ctypes.c_void_p] * 14
     lib.wkv6_cpu_forward.restype = lib.wkv6_cpu_backward.restype = None

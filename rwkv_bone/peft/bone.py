@@ -86,16 +86,16 @@ class BoneFunction(torch.autograd.Function):
         dbone = torch.zeros_like(bone) if wants_dbone else None
         workspace = None
         for rows in chunks(x):
-            q = blocks(torch.mm(g[rows], w, out=dx[rows] if wants_dx else None), r)  # (n, m, r); of dx itself if r divides
+            q = blocks(torch.mm(g[rows], w, out=dx[rows] if dx is not None else None), r)  # (n, m, r); of dx itself if r divides
             workspace = torch.empty_like(q) if workspace is None else workspace
             du = workspace[: len(q)]
             if fused:
                 bone_cuda.backward(g[rows], q, du)
             else:
                 torch.add(q, blocks(g[rows], r).sum(1, keepdim=True), out=du)
-            if wants_dbone:
+            if dbone is not None:
                 dbone += torch.bmm(du.permute(1, 2, 0), blocks(x[rows], r).transpose(0, 1))
-            if wants_dx:
+            if dx is not None:
                 q.transpose(0, 1).baddbmm_(du.transpose(0, 1), b)
                 if in_ % r:
                     dx[rows] = q.flatten(1)[:, :in_]

@@ -62,13 +62,13 @@ class BoneColFunction(torch.autograd.Function):
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if wants_dx else None  # a sum of panels
         dbone = []
         for rows, panel, b in panels(w, bone):
-            if wants_dx:
+            if dx is not None:
                 dx += g[:, rows] @ adapted(w[rows], panel, b)
             if wants_dbone:
                 dw = blocks(g[:, rows].T @ x, r)  # (rows, m, r), of W'
                 dw = F.pad(dw, (0, 0, 0, 0, 0, len(b) * r - len(dw))).unflatten(0, (-1, r))  # (k, r, m, r)
                 dbone.append(panel.flatten(1, 2).transpose(1, 2) @ dw.flatten(1, 2) + dw.sum(2))
-        return dx.to(x.dtype) if wants_dx else None, None, torch.cat(dbone).to(bone.dtype) if wants_dbone else None
+        return dx.to(x.dtype) if dx is not None else None, None, torch.cat(dbone).to(bone.dtype) if wants_dbone else None
 
 
 class BoneColLinear(AdapterLinear):

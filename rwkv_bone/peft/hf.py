@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import safetensors
 from ..errors import UserError
 from . import METHODS, AdapterLinear
+from .lora import LoraLinear, RankConfig
 from .shifted import ShiftedLoraLinear
 
 PREFIX = "base_model.model."
@@ -72,9 +73,9 @@ def to_peft(
     layers: dict[str, dict[str, Tensor]] = {}
     parts = {}
     for name, tensor in tensors.items():
-        layer, _, key = name.rpartition(".")
+        projection, _, key = name.rpartition(".")
         if key in own:
-            layers.setdefault(layer, {})[key] = tensor
+            layers.setdefault(projection, {})[key] = tensor
         else:
             parts[name] = tensor
     if odd := [name for name in parts if name.rpartition(".")[2] not in ("weight", "bias")]:
@@ -89,13 +90,14 @@ def to_peft(
         "task_type": None,
         "inference_mode": True,
     }
-    theirs = {}
-    if common["peft_type"] == "MISS":
+    theirs: dict[str, Tensor] = {}
+    if method in ("miss", "bone_col"):
         special = {"init_weights": "bat" if method == "bone_col" else True, "miss_dropout": 0.0, "mini_r": 1}
-        for name, own in layers.items():
-            (block,) = own.values()
+        for name, found in layers.items():
+            (block,) = found.values()
             theirs[f"{PREFIX}{name}.miss_block"] = block
     else:
+        assert isinstance(config, RankConfig)
         special = {
             "lora_alpha": config.alpha,
             "lora_dropout": getattr(config, "lora_dropout", 0.0),
@@ -103,11 +105,12 @@ def to_peft(
             "use_dora": method == "dora",
             "init_lora_weights": True,
         }
-        for name, own in layers.items():
-            layer = layer_of(METHODS[method], config, len(own["lora_B"]), own["lora_A"].shape[1])
-            layer.load_state_dict(own, strict=False, assign=True)
-            own["lora_A"], own["lora_B"] = layer.factors()
-            theirs |= {f"{PREFIX}{name}.{LORA[key]}": own[key].detach() for key in LORA if key in own}
+        for name, found in layers.items():
+            layer = layer_of(METHODS[method], config, len(found["lora_B"]), found["lora_A"].shape[1])
+            assert isinstance(layer, LoraLinear)
+            layer.load_state_dict(found, strict=False, assign=True)
+            found["lora_A"], found["lora_B"] = layer.factors()
+            theirs |= {f"{PREFIX}{name}.{LORA[key]}": found[key].detach() for key in LORA if key in found}
             if isinstance(layer, ShiftedLoraLinear):
                 common["r"], special["lora_alpha"] = 2 * config.r, layer.scale * 2 * config.r
     return theirs | {PREFIX + name: tensor for name, tensor in parts.items()}, common | special

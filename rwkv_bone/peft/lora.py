@@ -36,7 +36,8 @@ class LoraConfig(RankConfig):
 
 class LoraLinear(AdapterLinear):
     formula = "W' = W + alpha/r B A"
-    Config = LoraConfig
+    Config: type[RankConfig] = LoraConfig
+    config: RankConfig
 
     def __init__(self, weight: Tensor, config: RankConfig):
         super().__init__(weight, config)

@@ -35,6 +35,7 @@ class LoraGaConfig(RankConfig):
 class LoraGaLinear(ShiftedLoraLinear):
     formula = "W' = W + alpha/sqrt(r) (B A - B0 A0)"
     Config = LoraGaConfig
+    config: LoraGaConfig
     starts_from_gradient = True
 
     def __init__(self, weight: Tensor, config: LoraGaConfig):
@@ -47,7 +48,7 @@ class LoraGaLinear(ShiftedLoraLinear):
         return self.config.alpha / math.sqrt(self.config.r)
 
     @torch.no_grad()
-    def start(self, gradient: Tensor) -> None:
+    def start(self, gradient: Tensor) -> None:  # type: ignore[override]  # `starts_from_gradient` says so
         """gradient (out, in): of the loss by the weight, at any scale."""
         r, (out, in_) = self.config.r, self.weight.shape
         U, _, V = torch.svd_lowrank(gradient.to(self.dtype), q=min(4 * r, out, in_), niter=4)
@@ -78,12 +79,13 @@ def start_from_gradients(
         for layer, gradient in zip(group, gradients):
             if not gradient.any():
                 raise UserError("lora_ga: the first batches give a projection no gradient; give others, or more --init_batches")
-            layer.start(gradient / len(batches))
+            layer.start(gradient / len(batches))  # type: ignore[call-arg]
 
 
 def groups(layers: Iterable[AdapterLinear], held: int) -> Iterator[list[AdapterLinear]]:
     """The layers in runs whose weights' gradients need at most `held` bytes, or one layer."""
-    group, used = [], 0
+    group: list[AdapterLinear] = []
+    used = 0
     for layer in layers:
         size = math.prod(layer.weight.shape) * layer.dtype.itemsize
         if group and used + size > held:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .adapter import option
+from .adapter import AdapterLinear, option
 from .lora import LoraConfig, LoraLinear
 
 
@@ -22,5 +22,6 @@ class LoraPlusLinear(LoraLinear):
     Config = LoraPlusConfig
 
     @classmethod
-    def lr_multiplier(cls, name: str, config: LoraPlusConfig) -> float:
+    def lr_multiplier(cls, name: str, config: AdapterLinear.Config) -> float:
+        assert isinstance(config, LoraPlusConfig)
         return config.lr_ratio if name == "lora_B" else 1.0

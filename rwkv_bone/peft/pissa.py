@@ -22,6 +22,7 @@ class PissaConfig(RankConfig):
 
 class PissaLinear(ShiftedLoraLinear):
     Config = PissaConfig
+    config: PissaConfig
 
     @torch.no_grad()
     def start(self) -> None:

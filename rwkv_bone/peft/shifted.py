@@ -18,6 +18,8 @@ from .lora import LoraLinear, RankConfig
 class ShiftedLoraLinear(LoraLinear):
     formula = "W' = W + alpha/r (B A - B0 A0)"
     Config = RankConfig
+    init_lora_A: Tensor
+    init_lora_B: Tensor
 
     def __init__(self, weight: Tensor, config: RankConfig):
         super().__init__(weight, config)
