@@ -116,7 +116,8 @@ class Comparison:
 
     def config(self, run: Run | None = None, epochs: int = 1, proj_dir: str | Path = "unused") -> TrainConfig:
         """train.py's configuration of one run; without a run, of what all share."""
-        own = {"epoch_count": epochs, "epoch_steps": self.steps // epochs, "proj_dir": str(proj_dir), "overwrite": True}
+        own: dict[str, Any] = {"epoch_count": epochs, "epoch_steps": self.steps // epochs}
+        own |= {"proj_dir": str(proj_dir), "overwrite": True}
         if run is None or run.entry.method == "base":
             return TrainConfig(**self.flags, **own, peft="none", random_seed=run.seed if run else 0)
         return TrainConfig(**self.flags, **own, peft=run.entry.method, peft_options=dict(run.entry.options), lr_init=run.lr,
@@ -129,7 +130,7 @@ class Comparison:
 def projection_shapes(model: nn.Module, parts: Iterable[str]) -> Counter[tuple[int, int]]:
     """Shapes (out, in) of the projections that get an adapter, and how many have each."""
     linears = ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear)
-    return Counter(tuple(m.weight.shape) for name, m in linears if matches(name, parts))
+    return Counter((m.out_features, m.in_features) for name, m in linears if matches(name, parts))
 
 
 def trained_parameters(shapes: Mapping[tuple[int, int], int], method: str, options: Mapping[str, Any]) -> int:
@@ -184,6 +185,7 @@ def make_entries(comparison: Comparison, model: nn.Module) -> list[Entry]:
     entries = []
     for label, (method, options, lrs) in given.items():
         if method != "none" and "r" not in options:
+            assert isinstance(budget, int)
             options = {"r": match_r(shapes, method, options, budget), **options}
         trained = whole if method == "none" else trained_parameters(shapes, method, options) + beside
         entries.append(Entry(label, method, tuple(options.items()), lrs, trained))
@@ -214,9 +216,10 @@ def sweep(entry: Entry, seed: int, extend: int, refine: int, chosen_by: Mapping[
     """
     lrs = list(entry.lrs)
     while True:
-        losses = {lr: chosen_by.get(Run(entry, lr, seed)) for lr in lrs}
-        missing = [Run(entry, lr, seed) for lr, loss in losses.items() if loss is None]
-        best = min((lr for lr in lrs if losses[lr] is not None), key=losses.get, default=lrs[0])
+        runs = {lr: Run(entry, lr, seed) for lr in lrs}
+        losses = {lr: chosen_by[run] for lr, run in runs.items() if run in chosen_by}
+        missing = [run for lr, run in runs.items() if lr not in losses]
+        best = min(losses, key=losses.__getitem__, default=lrs[0])
         if missing:
             return missing, best
         place = lrs.index(best)

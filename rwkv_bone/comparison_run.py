@@ -126,7 +126,9 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
 
 def end_with_parent() -> None:
     """A killed comparison leaves no run behind that would go on unseen."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

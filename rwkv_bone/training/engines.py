@@ -121,7 +121,7 @@ def make_strategy(config: TrainConfig, devices: int, deepspeed: type | None = No
         offload["offload_param"] = {"device": "cpu", "pin_memory": True}
     zero = {"stage": int(stage[1]), "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, **offload}
 
-    class Strategy(deepspeed):
+    class Strategy(deepspeed):  # type: ignore[valid-type, misc]  # the base is known at run time alone
         def setup(self, trainer):
             self.precision_plugin.convert_module = lambda module: module  # dtypes are the model's own
             super().setup(trainer)

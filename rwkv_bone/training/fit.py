@@ -189,9 +189,9 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
 
 def make_loggers(config: TrainConfig) -> list:
     """Lightning's CSV log, and what was asked for beside it."""
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-    loggers = [CSVLogger(config.proj_dir, name="metrics")]
+    loggers: list[Logger] = [CSVLogger(config.proj_dir, name="metrics")]
     try:
         if config.tensorboard:
             loggers.append(TensorBoardLogger(config.proj_dir, name="tensorboard"))

@@ -28,18 +28,19 @@ def backward_in_chunks(
     takes it backward; `last` marks the final call. truncate cuts the gradient at the borders (cheaper: no second pass, no state
     kept).
     """
-    pieces = [
+    pieces: list[dict[str, Tensor]] = [
         {name: micro[name][:, start : start + chunk] for name in ("idx", "targets", "reset") if name in micro}
         for start in range(0, micro["idx"].shape[1], chunk)
     ]
     total: Tensor | float = 0.0
     if truncate:
-        state = None
+        state: State | None = None
         for i, piece in enumerate(pieces):
-            loss, state = forward(piece, state)
-            state = detached(state)
+            loss, end = forward(piece, state)
+            state = detached(end)
             backward(loss, i == len(pieces) - 1)
             total += loss.detach()
+        assert isinstance(total, Tensor)  # of one piece at least
         return total
 
     borders: list[State | None] = [None]
@@ -47,9 +48,10 @@ def backward_in_chunks(
         for piece in pieces[:-1]:
             untrained = {**piece, "targets": torch.full_like(piece["targets"], -100)}  # the head has nothing to do
             borders.append(forward(untrained, borders[-1])[1])
-    from_next: list[Tensor] = []  # the gradient of the final state, from the chunk behind
+    from_next: list[Tensor | None] = []  # the gradient of the final state, from the chunk behind
     for i in reversed(range(len(pieces))):
-        start = None if i == 0 else detached(borders.pop(), requires_grad=True)
+        border = borders.pop()
+        start = None if border is None else detached(border, requires_grad=True)
         loss, end = forward(pieces[i], start)
         total += loss.detach()
         if from_next:
@@ -57,6 +59,7 @@ def backward_in_chunks(
             loss = ThroughState.apply(loss, from_next, *end_tensors)
         backward(loss, i == 0)
         from_next = [] if start is None else [t.grad for layer in start for t in layer]
+    assert isinstance(total, Tensor)
     return total
 
 
@@ -64,7 +67,7 @@ class ThroughState(torch.autograd.Function):
     """The loss itself; backward also hands each final-state tensor the (already scaled) gradient that arrived from behind."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *end: Tensor) -> Tensor:
+    def forward(ctx, loss: Tensor, gradients: list[Tensor | None], *end: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 

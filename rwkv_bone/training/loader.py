@@ -41,11 +41,11 @@ def split(documents: Documents, share: float) -> tuple[Documents, Documents]:
     if len(held) == n:
         raise UserError(f"--val_split {share} of {n} documents leaves none to train on")
     rest = np.setdiff1d(np.arange(n), held)
-    parts = (
+    trained_on, held_out = (
         Documents(documents.tokens, documents.starts[which], documents.sizes[which], documents.mask, documents.name)
         for which in (rest, held)
     )
-    return tuple(parts)
+    return trained_on, held_out
 
 
 class TrainingData:
@@ -61,10 +61,10 @@ class TrainingData:
         text = config.data_type in ("jsonl", "utf-8") or (config.data_type == "auto" and ".jsonl" in config.data_file)
         tokenizer = make_tokenizer(config, vocab_size) if text or config.data_file.endswith(".txt") else None
         loss_mask = "all" if config.loss_mask == "none" else config.loss_mask
-        documents, validation = (
-            open_documents(file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask) if file else None
-            for file in (config.data_file, config.val_file)
-        )
+        documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
+        validation = None
+        if config.val_file:
+            validation = open_documents(config.val_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
         if config.val_split:
             documents, validation = split(documents, config.val_split)
         return cls(documents, config, vocab_size, validation)
@@ -72,6 +72,7 @@ class TrainingData:
     def held_out(self, rank: int, world: int) -> Batches:
         """The held-out documents in whole: chunks of ctx_len, in order."""
         c = self.config
+        assert self.validation is not None
         return Batches(self.validation, "chunk", c.ctx_len, c.micro_bsz, rank, world, shuffle=False)
 
     def tokenizer(self) -> Tokenizer:

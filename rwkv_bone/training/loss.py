@@ -41,9 +41,9 @@ class HeadCrossEntropy(torch.autograd.Function):
             if l2wrap:
                 grad.scatter_add_(1, place, L2WRAP * largest)
             grad = grad.to(hidden.dtype)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[piece] = grad @ weight
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight += grad.T @ hidden[piece]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

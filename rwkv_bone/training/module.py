@@ -87,12 +87,12 @@ class FineTune(L.LightningModule):
 
     def equal_lengths(self, micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Pad each micro batch to the longest of its number on any device: engines that share out want as many chunks on all."""
-        T = torch.tensor([m["idx"].shape[1] for m in micro_batches], device=self.device)
-        T = self.trainer.strategy.reduce(T, reduce_op="max").tolist()
+        lengths = torch.tensor([m["idx"].shape[1] for m in micro_batches], device=self.device)
+        lengths = self.trainer.strategy.reduce(lengths, reduce_op="max")
         fill = {"idx": 0, "targets": -100, "reset": False}
         return [
             {name: F.pad(t, (0, longest - t.shape[1]), value=fill[name]) if name in fill else t for name, t in m.items()}
-            for m, longest in zip(micro_batches, T)
+            for m, longest in zip(micro_batches, lengths.tolist())
         ]
 
     def forward(self, micro: dict[str, Tensor], state: State | None = None) -> tuple[Tensor, State]:
@@ -112,6 +112,7 @@ class FineTune(L.LightningModule):
     def training_step(self, micro_batches: list[dict[str, Tensor]], batch_idx: int) -> None:
         config, world = self.config, self.trainer.world_size
         optimiser = self.optimizers()
+        assert not isinstance(optimiser, list)
         lr = learning_rate(
             self.step, self.total_steps, config.lr_schedule, config.lr_init, config.lr_final, config.warmup_steps
         )
@@ -122,7 +123,7 @@ class FineTune(L.LightningModule):
         )
         if config.train_type == "infctx" and self.engine.sharded:
             micro_batches = self.equal_lengths(micro_batches)
-        loss_sum = 0.0
+        loss_sum: float | Tensor = 0.0
         for i, micro in enumerate(micro_batches):
 
             def backward(loss: Tensor, last: bool, last_micro: bool = i == len(micro_batches) - 1) -> None:

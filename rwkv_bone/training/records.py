@@ -119,6 +119,7 @@ class Records(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: FineTune, outputs, batch, batch_idx) -> None:
         record, config = module.record, self.config
+        assert record is not None  # a step is done
         self.epoch_loss += record.loss * record.trained
         self.epoch_trained += record.trained
         if self.rank_zero:

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..foreign import Foreign
 from ..models.x060 import RWKV, ModelConfig
 from ..peft import METHODS, inject, start_from_gradients, train_parts
+from ..peft.lora_ga import LoraGaConfig
 from .fit import base_dtype, fit
 from .loader import TrainingData
 from .loss import cross_entropy_sum
@@ -58,8 +59,8 @@ def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> TrainConfig:
         model.requires_grad_(False)
         if not model.config.time_state:
             add_time_state(model)
-        for block in model.blocks:
-            block.att.time_state.requires_grad_(True)
+        for layer in range(model.config.n_layer):
+            model.get_parameter(f"blocks.{layer}.att.time_state").requires_grad_(True)
         return config
     if config.peft == "none":
         model.requires_grad_(True)
@@ -79,6 +80,7 @@ def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> TrainConfig:
         options = method.config_from(config.peft_options, config.peft)
         inject(model, method, options, config.parts)
         if method.starts_from_gradient:
+            assert isinstance(options, LoraGaConfig)
             first = data.batches()
             micro_batches = [first.batch(0, n) for n in range(min(options.init_batches, len(first)))]
             start_from_gradients(model, lambda micro: mean_loss(model, micro), micro_batches)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from ..config import TrainConfig
 from .module import FineTune
@@ -63,7 +64,8 @@ class Validation(L.Callback):
     def measure(self, trainer: L.Trainer, module: FineTune) -> tuple[float, int]:
         """Mean loss over the trained tokens of the held-out documents, over all devices, and their number."""
         module.model.eval()
-        total, tokens = 0.0, 0
+        total: float | Tensor = 0.0
+        tokens: float | Tensor = 0
         for micro in module.data.held_out(trainer.global_rank, trainer.world_size):
             micro = module.transfer_batch_to_device(micro, module.device, 0)
             total = total + module.engine.forward(micro)[0]
