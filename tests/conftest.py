@@ -1,11 +1,16 @@
 """Shared by the tests: where the real files are, small models, and the comparison that all of them use."""
 
 import os
+import signal
 from pathlib import Path
 
 # before torch is imported, here and in the programs that tests start: small tensors gain nothing from more threads, and on
 # a busy machine threads that wait for each other in a spin cost a hundredfold
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell's background jobs are begun with interrupts ignored, and so would the programs be that tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
