@@ -108,11 +108,11 @@ def test_zero_3_refuses_two_dtypes(world):
 
 @pytest.mark.slow
 def test_zero_3_saves_the_whole_model(world):
-    flags = ("--peft", "none", "--epoch_steps", 2, "--lr_init", "1e-3")
+    flags = ("--peft", "none", "--epoch_steps", 2, "--lr_init", "3e-2")  # so that steps show in the bf16 file
     ours = run(world, "whole_zero", *flags, "--strategy", "deepspeed_stage_3")
     theirs = run(world, "whole_ddp", *flags, "--strategy", "ddp")
     models = [load_model(folder / "rwkv-0.pth") for folder in (ours, theirs)]
     base = load_model(world / "base.pth", torch.float32)
     for (name, a), b, before in zip(models[0].state_dict().items(), models[1].state_dict().values(), base.state_dict().values()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-3, msg=name)  # bf16 neighbours
         assert not torch.equal(a, before), name
