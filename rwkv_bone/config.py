@@ -177,7 +177,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
         if not self.data_file:
-            raise UserError("--data_file is missing: the prefix of a .bin/.idx pair, or .jsonl files with --data_type jsonl")
+            raise UserError("--data_file is missing: the prefix of a .bin/.idx pair, or .jsonl files")
         if not 0 <= self.val_split < 1:
             raise UserError(f"--val_split is a share, at least 0 and below 1, not {self.val_split}")
         if self.val_split and (self.val_file or self.dataload == "get"):
@@ -273,7 +273,7 @@ def make_parser() -> tuple[Parser, list[str]]:
 
 def add_flag(group, name: str, default: Any, text: str, choices=None) -> None:
     kind = type(default)
-    shown = " ".join(default) if kind is tuple else default
+    shown = " ".join(default) if kind is tuple else int(default) if kind is bool else default
     more: dict[str, Any] = {"help": f"{text} (default: {shown if shown != '' else '-'})".replace("%", "%%")}
     if kind is bool:
         more.update(type=truth, nargs="?", const=True, metavar="0|1")

@@ -29,9 +29,11 @@ def finished(world):
     return train(world, "--epoch_count", 3)
 
 
-def test_before_the_first_step_all_that_matters_is_printed(finished):
+def test_before_the_first_step_all_that_matters_is_printed(world, finished):
     out = finished
+    base_size = sum(tensor.numel() for tensor in open_tensors(world / "base.pth").values())
     for text in (
+        f"{base_size:,} parameters",
         "2 layers, n_embd 32",
         "24 documents",
         "18 = 3 epochs of 6",
@@ -122,6 +124,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(world):
         (["--parts", "attn"], "--parts attn names no projection"),
         (["--train_parts", "tme"], "--train_parts tme: unknown"),
         (["--accelerator", "gpu"], "sees no GPU"),
+        (["--op", "cuda"], "--op cuda is no kernel for this run, which is on cpu"),
+        (["--strategy", "deepspeed_stage_2"], "--strategy deepspeed_stage_2 needs a GPU"),
         (["--proj_dir", "base.pth/x"], "--proj_dir"),
         (["--lr_init", "1e30", "--grad_clip", "0", "--epoch_count", "3"], "gradient norm"),
     ],

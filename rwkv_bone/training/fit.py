@@ -27,6 +27,15 @@ def device_type(config: TrainConfig) -> str:
     return "cuda"
 
 
+def check_device(config: TrainConfig) -> None:
+    """Refuse a kernel or an engine that the device does not have."""
+    device = device_type(config)
+    if config.op not in ("auto", "torch", device):
+        raise UserError(f"--op {config.op} is no kernel for this run, which is on {device}; leave the flag out")
+    if device == "cpu" and config.strategy.startswith("deepspeed"):
+        raise UserError(f"--strategy {config.strategy} needs a GPU, and this run is on the CPU; there it is ddp or auto")
+
+
 def precision(config: TrainConfig) -> str:
     """bf16, tf32 or fp32."""
     if config.precision != "auto":
@@ -67,12 +76,13 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
     c = model.config
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added = sum(p.numel() for a in adapters(model).values() for name, p in a.named_parameters() if name != "weight")
     steps = data.steps_per_epoch(world)
     device = device_type(config)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"model      {config.load_model or 'new'}: RWKV-6 (x060), {c.n_layer} layers, n_embd {c.n_embd}, dim_att {c.dim_att}, "
-        f"{c.n_head} heads of {c.head_size}, dim_ffn {c.dim_ffn}, vocabulary {c.vocab_size}, {total:,} parameters",
+        f"{c.n_head} heads of {c.head_size}, dim_ffn {c.dim_ffn}, vocabulary {c.vocab_size}, {total - added:,} parameters",
         *(f"data       {line}" for line in data.describe(world)),
         f"steps      {steps * config.epoch_count:,} = {config.epoch_count} epochs of {steps:,}; a step takes "
         f"{config.micro_bsz} samples x {config.accumulate_grad_batches} micro batches x {world} devices",
@@ -132,6 +142,8 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     from .records import Records
     from .validation import Validation
 
+    if deepspeed is None:
+        check_device(config)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if not dtypes:
         raise UserError("nothing trains: no adapter was put on the model and no part of it is trained in full")
