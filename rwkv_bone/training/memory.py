@@ -1,8 +1,6 @@
 """How much memory a training step will take, by part: an estimate from sizes alone, printed before the first step."""
 
-from torch import nn
-
-from ..models.x060 import ModelConfig
+from ..models.x060 import RWKV, ModelConfig
 from .loss import CHUNK_BYTES
 
 
@@ -10,7 +8,7 @@ def bytes_of(parameters) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def estimate(model: nn.Module, config: ModelConfig, tokens: int, sequences: int, grad_cp: bool) -> dict[str, int]:
+def estimate(model: RWKV, config: ModelConfig, tokens: int, sequences: int, grad_cp: bool) -> dict[str, int]:
     """Bytes by part for micro batches of `sequences` rows that hold `tokens` tokens together.
 
     Activations are counted from the tensors that autograd keeps in one block: inputs of the projections and of what stands
