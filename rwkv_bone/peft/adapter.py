@@ -24,6 +24,9 @@ def option(default: Any, help: str) -> Any:
 class QuantisedWeight(nn.Module):
     """A frozen weight in fewer bits, see quant.py. Its bytes are buffers, which casts of a model leave alone."""
 
+    shape: torch.Size
+    dtype: torch.dtype  # of `dense()`
+
     def __init__(self, weight: "Weight", **tensors: Tensor):
         super().__init__()
         self.shape, self.dtype = weight.shape, weight.dtype
