@@ -14,7 +14,7 @@ from rwkv_bone.peft.rounding import add_rounded_
 BF16 = torch.bfloat16
 # n, in, out, r
 SHAPES = [(1, 64, 64, 64), (5, 128, 64, 64), (3, 256, 40, 32), (2, 16, 24, 8), (2, 4096, 2048, 64), (2, 48, 104, 24)]
-SHAPES += [(1, 2048, 16, 2048)]
+SHAPES += [(1, 2048, 16, 2048), (130, 4096, 16, 8)]
 
 
 @pytest.fixture(scope="module")

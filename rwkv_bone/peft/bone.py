@@ -37,6 +37,15 @@ def tile_into(y: Tensor, s: Tensor) -> Tensor:
     return y
 
 
+def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, r, r) += a_j^T b_j for every block j of a, b (n, m, r)."""
+    if a.is_cuda:
+        total += torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1))
+    else:  # one by one: the CPU's batched product of bf16 is ten times slower with these strides
+        for j in range(len(total)):
+            total[j] += a[:, j].T @ b[:, j]
+
+
 def chunks(x: Tensor) -> list[slice]:
     """Slices of the tokens of x (n, in), the longest first: as many at once as fill the device, for small temporaries."""
     n, in_ = x.shape
@@ -94,7 +103,7 @@ class BoneFunction(torch.autograd.Function):
             else:
                 torch.add(q, blocks(g[rows], r).sum(1, keepdim=True), out=du)
             if dbone is not None:
-                dbone += torch.bmm(du.permute(1, 2, 0), blocks(x[rows], r).transpose(0, 1))
+                add_products(dbone, du, blocks(x[rows], r))
             if dx is not None:
                 q.transpose(0, 1).baddbmm_(du.transpose(0, 1), b)
                 if in_ % r:

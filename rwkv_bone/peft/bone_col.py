@@ -18,13 +18,13 @@ from .adapter import AdapterLinear, ceil_div, dense
 from .bone import blocks
 from .rounding import add_rounded_
 
-PANEL = 256  # rows of W' that are made at once, or r if that is more
+PANEL, PANELS = 256, 8  # W' is made by so many rows at once, or r, or an eighth of all if that is more
 
 
 def panels(w: Tensor, bone: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Cut w (out, in) by rows: the rows, their blocks (k, r, m, r) padded with zeros, their B (k, r, r)."""
     r = bone.shape[-1]
-    at_once = max(1, PANEL // r)
+    at_once = max(1, PANEL // r, ceil_div(len(bone), PANELS))
     for first in range(0, len(bone), at_once):
         b = bone[first : first + at_once].to(w.dtype)
         rows = slice(first * r, min((first + at_once) * r, len(w)))
@@ -59,11 +59,11 @@ class BoneColFunction(torch.autograd.Function):
         w = dense(ctx.weight)
         r = bone.shape[-1]
         wants_dx, _, wants_dbone = ctx.needs_input_grad
-        dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if wants_dx else None  # a sum of panels
+        dx = torch.zeros_like(x) if wants_dx else None
         dbone = []
         for rows, panel, b in panels(w, bone):
             if dx is not None:
-                dx += g[:, rows] @ adapted(w[rows], panel, b)
+                dx.addmm_(g[:, rows], adapted(w[rows], panel, b))
             if wants_dbone:
                 dw = blocks(g[:, rows].T @ x, r)  # (rows, m, r), of W'
                 dw = F.pad(dw, (0, 0, 0, 0, 0, len(b) * r - len(dw))).unflatten(0, (-1, r))  # (k, r, m, r)

@@ -17,7 +17,14 @@ COLUMN, ROW = 40503, 49473  # the golden ratio's and the plastic ratio's fractio
 
 def add_rounded_(u: Tensor, x: Tensor) -> Tensor:
     """u += x for u and x (n, width) of one dtype, unbiased where that is below float32. Returns u."""
-    return u.add_(x) if torch.finfo(u.dtype).bits >= 32 else u.copy_(dithered(x.float().add_(u), u.dtype))
+    if torch.finfo(u.dtype).bits >= 32:
+        return u.add_(x)
+    n, width = u.shape
+    at_once = max(1, (2**22 if u.is_cuda else 2**18) // width)  # rows whose float32 temporaries stay in the cache
+    for first in range(0, n, at_once):
+        rows = slice(first, first + at_once)
+        u[rows] = dithered(x[rows].float().add_(u[rows]), u.dtype, first)
+    return u
 
 
 def rounded_product(y: Tensor, c: Tensor) -> Tensor:
@@ -25,12 +32,13 @@ def rounded_product(y: Tensor, c: Tensor) -> Tensor:
     return y * c if torch.finfo(y.dtype).bits >= 32 else dithered(y * c, y.dtype)
 
 
-def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 (n, width), which is overwritten, rounded without bias to bf16 or fp16."""
+def dithered(value: Tensor, dtype: torch.dtype, first_row: int = 0) -> Tensor:
+    """float32 (n, width), which is overwritten, rounded without bias to bf16 or fp16. Its rows count from `first_row`."""
     lost = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))  # bits of the mantissa to drop
+    n, width = value.shape
     row, column = (
-        (torch.arange(size, device=value.device) * step % 2**16 >> (16 - lost)).to(torch.int32)
-        for size, step in zip(value.shape, (ROW, COLUMN))
+        (torch.arange(first, first + size, device=value.device) * step % 2**16 >> (16 - lost)).to(torch.int32)
+        for first, size, step in ((first_row, n, ROW), (0, width, COLUMN))
     )
     bits = value.view(torch.int32).clamp_(max=0x7FBFFFFF)  # a NaN of all ones, as GPUs make them, would overflow into a number
     bits += row.unsqueeze(1) ^ column  # 0 ... 2^lost - 1, and each once: carries into the kept bits or is dropped
