@@ -254,7 +254,7 @@ def test_the_summary_for_people():
         "data: 3 documents, 94 tokens, longest 90; left out 4 empty rows and 1 documents of a single token",
         "2 samples (--dataload pad), 1 batches a device, padding 48.4%, cut 25 tokens (26.6%)",
         "64 tokens trained, 97.0% of the 66 read",
-        "1 samples hold no trained token (their answers lie beyond ctx_len?)",
+        "1 samples hold no trained token (their answers lie beyond --ctx_len?)",
     ]
 
 

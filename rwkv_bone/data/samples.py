@@ -264,7 +264,8 @@ class Summary:
             f"{self.trained:,} tokens trained, {self.trained / self.inputs:.1%} of the {self.inputs:,} read",
         ]
         if self.untrained_samples:
-            lines.append(f"{self.untrained_samples:,} samples hold no trained token (their answers lie beyond ctx_len?)")
+            why = "their answers lie beyond --ctx_len" if self.dataload in ("pad", "only") else "pieces of questions alone"
+            lines.append(f"{self.untrained_samples:,} samples hold no trained token ({why}?)")
         return lines
 
 
