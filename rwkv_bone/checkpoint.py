@@ -390,7 +390,7 @@ class Adapter:
         base = self.info["base"]
         if "foreign" not in self.info and base.get("fingerprint") != fingerprint and not force:
             known = base.get("file") or "one without a name"
-            raise UserError(f"{self.path}: was trained on another base ({known}); give that one, or --force")
+            raise UserError(f"{self.path}: was trained on another base ({known}); give that one (or merge.py --force)")
 
     def changes(self, name: str) -> bool:
         """Whether the base's tensor of that name is another after merging."""

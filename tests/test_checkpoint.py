@@ -423,7 +423,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(make_model, tmp_pat
     adapted(make_model, tmp_path)
     other = make_model(seed=3)
     save_tensors(tmp_path / "other.pth", other.state_dict())
-    with pytest.raises(UserError, match=r"adapter\.pth: was trained on another base \(base\.pth\); give that one, or --force"):
+    with pytest.raises(UserError, match=r"adapter\.pth: was trained on another base \(base\.pth\); give that one \(or merge"):
         load_adapter(load_model(tmp_path / "other.pth"), tmp_path / "adapter.pth")
     load_adapter(load_model(tmp_path / "other.pth"), tmp_path / "adapter.pth", force=True)
 
