@@ -15,6 +15,7 @@ from .errors import UserError
 from .models import VERSIONS
 from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
 from .peft.community import method_from_community
+from .quant import KINDS
 
 # Flags of RWKV-LM and RWKV-PEFT that mean nothing here: accepted at the values their scripts pass, refused at any other.
 LEGACY: dict[str, tuple[str, ...]] = {
@@ -57,6 +58,8 @@ PRECISIONS = {
 STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{s}" for s in ("1", "2", "2_offload", "3", "3_offload")))
 
 
+OPS = ("auto", "cuda", "cpu", "torch", "fla", "triton")  # the last two are RWKV-PEFT's: the kernels here are our own
+
 AT_LEAST = {
     1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a chunk_ctx",
     0: "vocab_size n_layer n_embd dim_att dim_ffn epoch_begin epoch_steps warmup_steps save_every_steps save_every_minutes "
@@ -85,7 +88,8 @@ class TrainConfig:
     dim_att: int = flag(0, "model", "time-mix size; checked against the file")
     dim_ffn: int = flag(0, "model", "channel-mix size; checked against the file")
     head_size_a: int = flag(64, "model", "head size of a new model")
-    op: str = flag("auto", "model", "WKV6 kernel; torch needs no compiler", choices=("auto", "cuda", "cpu", "torch"))
+    quant: str = flag("none", "model", "keep the base's projections in 8 or 4 bits", choices=("none", *KINDS))
+    op: str = flag("auto", "model", "WKV6 kernel; torch needs no compiler", choices=OPS)
 
     data_file: str = flag("", "data", "binidx prefix, or .jsonl files (comma-separated, globs, .gz)")
     data_type: str = flag("auto", "data", "what data_file is; auto: by its ending", choices=("auto", *DATA_TYPES))
@@ -190,6 +194,8 @@ class TrainConfig:
             raise UserError(f"--devices takes a number of devices or auto, not {self.devices!r}")
         if self.layerwise_lr not in (0, 1):
             raise UserError(f"--layerwise_lr takes 0 or 1, not {self.layerwise_lr}")
+        if self.quant != "none" and self.peft == self.train_type == "none":
+            raise UserError(f"--quant {self.quant} freezes the base: it takes a --peft other than none, or --train_type state")
         if self.train_type == "state" and (self.peft != "none" or not self.load_model):
             raise UserError("--train_type state trains each layer's initial state alone: it takes --load_model and no --peft")
         if self.peft == "none" and (self.train_parts or self.peft_options or self.peft_checkpoint):
@@ -223,6 +229,8 @@ class TrainConfig:
             given.setdefault("peft_checkpoint", load)
         if init:
             given.setdefault("peft_init", init)
+        if given.get("op") in ("fla", "triton"):
+            given["op"] = "auto"
         given["precision"] = PRECISIONS[given.get("precision", "auto")]
         config = cls(**given)
         return config if config.lr_final >= 0 else replace(config, lr_final=config.lr_init)

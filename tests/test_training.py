@@ -183,3 +183,11 @@ def test_initial_states_are_trained_alone_and_read_by_the_rwkv_package(world, mo
     with torch.no_grad():
         assert (tuned(torch.tensor([tokens]))[0][0] - theirs).abs().max() < 1e-4
         assert (load_model(world / "base.pth", torch.float32)(torch.tensor([tokens]))[0][0] - theirs).abs().max() > 1e-3
+
+
+def test_a_quantised_base_trains_nearly_as_the_dense_one(world, finished):
+    train(world, "--quant", "int8", "--epoch_count", 3, name="int8")
+    dense, small = (losses(world / name) for name in ("run", "int8"))
+    assert dense != small and small == [(step, pytest.approx(loss, rel=0.02)) for step, loss in dense]
+    names = [list(open_tensors(world / name / "rwkv-2.pth")) for name in ("run", "int8")]
+    assert names[0] == names[1]

@@ -106,7 +106,7 @@ class DeepSpeedEngine(Engine):
         into = self.deepspeed.optimizer.optimizer.state
         for master, part in zip(self.masters, state["parts"], strict=True):
             master.copy_(part.pop("master"))
-            into[master] = {name: t.to(master.device) if t.dim() else t for name, t in part.items()}
+            into[master] = {name: t.to(master.device) for name, t in part.items()}
 
 
 def make_strategy(config: TrainConfig, devices: int, deepspeed: type | None = None):

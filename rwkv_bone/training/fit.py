@@ -97,7 +97,7 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
     schedule = f"{config.lr_schedule}, {config.lr_init:g} to {config.lr_final:g}, {config.warmup_steps} warm-up steps"
     lines.append(f"rate       {schedule}")
     lines.append(f"device     {world} x {name}, {precision(config)}, engine {config.strategy}, WKV6 kernel {config.op}")
-    parts = estimate(model, c, data.tokens_in_micro_batch(), config.micro_bsz, config.grad_cp)
+    parts = estimate(model, config.micro_bsz, data.longest_row(), config, world, device == "cuda")
     detail = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
     lines.append(f"memory     about {in_words(sum(parts.values()))} a device: {detail}")
     last = config.epoch_begin + config.epoch_count - 1
@@ -233,7 +233,7 @@ def lost_device(error: RuntimeError) -> bool:
 
 
 # what decides which samples a step holds: a run can only go on with the same
-GEOMETRY = ("micro_bsz", "accumulate_grad_batches", "ctx_len", "dataload", "data_shuffle", "random_seed", "epoch_steps")
+GEOMETRY = ("quant", "micro_bsz", "accumulate_grad_batches", "ctx_len", "dataload", "data_shuffle", "random_seed", "epoch_steps")
 
 
 def geometry(model: RWKV, data, config: TrainConfig, world: int) -> dict:

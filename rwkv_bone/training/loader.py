@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import TrainConfig
 from ..data.documents import Documents, open_documents
-from ..data.samples import Batches
+from ..data.samples import Batches, padded_length
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
 
@@ -96,11 +96,10 @@ class TrainingData:
         # a generator of its own: else beginning to iterate takes a number from those of dropout
         return DataLoader(steps, batch_size=None, num_workers=0, generator=torch.Generator())
 
-    def tokens_in_micro_batch(self) -> int:
-        """The most that one holds, padding counted."""
+    def longest_row(self) -> int:
+        """The most tokens of a row, padding counted."""
         batches = self.batches()
-        longest = int(batches.samples.lengths.max())
-        return self.config.micro_bsz * min(-(-longest // batches.round_to) * batches.round_to, self.config.ctx_len)
+        return int(padded_length(batches.samples.lengths.max(), batches.round_to, self.config.ctx_len))
 
     def describe(self, world: int) -> list[str]:
         lines = self.batches(0, world).summary().lines()

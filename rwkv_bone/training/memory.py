@@ -1,39 +1,141 @@
-"""How much memory a training step will take, by part: an estimate from sizes alone, printed before the first step."""
+"""How much memory training takes: found by running one step on tensors that have sizes and no memory, before the first real one.
 
+`python -m rwkv_bone.training.memory` prints what World models take; see docs/memory.md.
+"""
+
+import copy
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..config import TrainConfig
 from ..models.x060 import RWKV, ModelConfig
-from .loss import CHUNK_BYTES
+from ..ops import wkv6_cpu, wkv6_cuda
+from ..peft import METHODS, inject
+from ..peft.adapter import FrozenLinear, QuantisedWeight, projections
+from .engines import BUCKET
+from .infctx import backward_in_chunks
+from .loss import HeadCrossEntropy
+
+LAYERS = 3  # that are run: a layer more takes what the last of them took
+CUDA_ITSELF = 700 << 20  # context, kernels, workspaces of the libraries and of Bone
 
 
-def bytes_of(parameters) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+class Alive(TorchDispatchMode):
+    """Within it, counts the bytes of tensors that were made and are still alive, and the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                self.add(t.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
 
 
-def estimate(model: RWKV, config: ModelConfig, tokens: int, sequences: int, grad_cp: bool) -> dict[str, int]:
-    """Bytes by part for micro batches of `sequences` rows that hold `tokens` tokens together.
+class Dense(QuantisedWeight):
+    """Stands for a quantised weight where only sizes count: its own program takes no tensors without memory."""
 
-    Activations are counted from the tensors that autograd keeps in one block: inputs of the projections and of what stands
-    between them, in the base's dtype (WKV6's decay in float32).
-    """
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    def dense(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+def step_bytes(model: RWKV, B: int, T: int, config: TrainConfig, layers: int) -> int:
+    """The most that forward and backward of a (B, T) batch take, gradients included, in a model of that many layers."""
+    mode = getattr(model.emb.weight, "fake_mode", None) or FakeTensorMode()
+    short = copy.copy(model)
+    short._modules = {**model._modules, "blocks": model.blocks[:layers]}
+    with mode:
+        known: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*short.parameters(), *short.buffers())}
+        idx, alive = torch.zeros(B, T, dtype=torch.long), Alive()
+        alive.known = {t.untyped_storage()._cdata for t in known.values()}
+        known |= {id(weight): Dense(weight) for weight in short.modules() if isinstance(weight, QuantisedWeight)}
+        short = copy.deepcopy(short, known)
+        short.grad_cp, short.op = config.grad_cp, "auto"
+
+        def forward(piece, state):
+            hidden, state = short.hidden(piece["idx"], state)
+            # every token counts as trained
+            loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), config.l2wrap)
+            return loss, state
+
+        with alive:
+            for p in short.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad and config.accumulate_grad_batches > 1 else None
+            if config.train_type == "infctx":
+                pieces = {"idx": idx, "targets": idx}
+                backward_in_chunks(forward, pieces, config.chunk_ctx, config.truncate, lambda loss, last: loss.backward())
+            else:
+                forward({"idx": idx}, None)[0].backward()
+    return alive.peak
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def estimate(model: RWKV, B: int, T: int, config: TrainConfig, world: int = 1, cuda: bool = False) -> dict[str, int]:
+    """Bytes by part that each of `world` devices takes at the most, for micro batches of B rows of T tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    width = model.emb.weight.element_size()
-    masters = sum(4 * p.numel() for p in trained if p.element_size() < 4)
-    C, A, F = config.n_embd, config.dim_att, config.dim_ffn
-    M, D = config.d_mix_lora, config.d_decay_lora
-    # time mix: x, ln, shift difference, 5 lerps and their deltas, r k v g y, ln_x, gate; channel mix: k before and after
-    block = tokens * (width * (19 * C + 10 * A + 3 * F + 10 * M + 2 * D) + 12 * A)
-    state = sequences * config.n_head * config.head_size**2 * 4
-    border = tokens * width * C + 2 * state
-    activations = config.n_layer * border + block if grad_cp else config.n_layer * (block + 2 * state)
-    head = min(CHUNK_BYTES, 4 * tokens * config.vocab_size) * 3 + 2 * tokens * width * C
-    return {
-        "base weights": bytes_of(frozen),
-        "trained weights": bytes_of(trained) + masters,
-        "gradients": bytes_of(trained),
-        "optimiser": sum(8 * p.numel() for p in trained),
-        "activations": activations,
-        "head and loss": head,
+    numbers = sum(p.numel() for p in trained)
+    low = sum(p.numel() for p in trained if p.element_size() < 4)  # of which the optimiser keeps float32 masters
+    L = len(model.blocks)
+    much = 2 * numbers > sum(p.numel() for p in model.parameters())
+    if much or L <= LAYERS:  # where much trains, the peak of a short model lies at another place
+        step = step_bytes(model, B, T, config, L)
+    else:
+        fewer, more = (step_bytes(model, B, T, config, layers) for layers in (LAYERS - 1, LAYERS))
+        step = more + (L - LAYERS) * (more - fewer)
+    if cuda:
+        step += (1 if config.grad_cp else L) * wkv6_keeps_more(model, B, T)
+    parts = {
+        "base weights": bytes_of(p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad),
+        "trained weights": bytes_of(trained) + 4 * low,
+        "optimiser": 8 * numbers,
+        "activations and gradients": max(step, 4 * numbers),
     }
+    if config.strategy.startswith("deepspeed"):
+        stage, offload = int(config.strategy[16]), config.strategy.endswith("offload")
+        parts["trained weights"] = bytes_of(trained)
+        parts["optimiser"] = 0 if offload else 12 * numbers // world  # with float32 masters
+        if stage == 3:
+            parts["base weights"] = 0 if offload else parts["base weights"] // world
+            parts["trained weights"] = 0 if offload else parts["trained weights"] // world
+        parts["exchange"] = 2 * 4 * BUCKET
+    elif world > 1:
+        parts["exchange"] = bytes_of(trained)
+    if cuda:
+        parts["CUDA"] = CUDA_ITSELF
+    return parts
+
+
+def wkv6_keeps_more(model: RWKV, B: int, T: int) -> int:
+    """Bytes that the CUDA kernel keeps of a layer for backward beyond what the CPU's does."""
+    H, N = model.config.n_head, model.config.head_size
+    r = torch.empty(B, T, H, N, dtype=model.emb.weight.dtype, device="meta")
+    return 4 * (math.prod(wkv6_cuda.saved_shape(r)) - math.prod(wkv6_cpu.saved_shape(r)))
 
 
 def in_words(size: float) -> str:
@@ -43,3 +145,54 @@ def in_words(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError
+
+
+WORLD = {"1.6B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}  # layers, n_embd
+CARDS = (8, 12, 16, 24, 48, 80)  # GB
+BITS = {"none": 0, "int8": 8, "nf4": 4.5}
+
+
+def world_model(layers: int, n_embd: int, peft: str, r: int, quant: str) -> RWKV:
+    """A World model in bf16 with adapters, without memory. Call within FakeTensorMode."""
+    model = RWKV(ModelConfig.new(65536, layers, n_embd))
+    for name, p in list(model.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16)))
+    if quant != "none":
+        for name in projections(model, ("att", "ffn")):
+            weight = model.get_parameter(f"{name}.weight")
+            data = torch.empty(int(weight.numel() * BITS[quant] / 8), dtype=torch.uint8)
+            model.set_submodule(name, FrozenLinear(Dense(weight, data=data)))
+    if peft != "none":
+        inject(model, METHODS[peft], METHODS[peft].config_from({"r": r}, peft))
+    return model
+
+
+def card_for(size: float) -> str:
+    """The smallest card that holds so many bytes and leaves a tenth for what its allocator cannot use."""
+    fitting = [card for card in CARDS if size * 1.1 < card * 10**9]
+    return f"{fitting[0]} GB" if fitting else "-"
+
+
+def main() -> None:
+    lengths = (512, 2048, 8192)
+    print("| model | `--peft` | `--quant` |" + "".join(f" {T} | {T}, `--grad_cp 1` |" for T in lengths))
+    print("|---" * (3 + 2 * len(lengths)) + "|")
+    for size, shape in WORLD.items():
+        for peft, r in (("bone", 64), ("miss", 64), ("lora", 32), ("dora", 32), ("none", 0)):
+            cells: dict[str, list[str]] = {}
+            for quant in BITS if peft != "none" else ("none",):
+                for T in lengths:
+                    for grad_cp in (False, True):
+                        config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
+                        with FakeTensorMode():
+                            parts = estimate(world_model(*shape, peft, r, quant), 1, T, config, cuda=True)
+                        total = sum(parts.values())
+                        cells.setdefault(quant, []).append(f"{total / 10**9:.1f}: {card_for(total)}")
+            for quant, row in cells.items():
+                name = f"{peft}, r {r}" if r else peft
+                print(f"| {size} | {name} | {quant} | " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

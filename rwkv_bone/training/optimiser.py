@@ -23,6 +23,7 @@ class MasterAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         for p in self.low:
             self.masters[p].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
         loss = super().step(closure)
         for p in self.low:
             p.copy_(self.masters[p])
@@ -70,4 +71,4 @@ def make_optimiser(model: nn.Module, config, masters: bool = True) -> torch.opti
     """`masters`: keep float32 copies of bf16 parameters (an engine that does so itself must not get them)."""
     groups = parameter_groups(model, config.lr_init, config.weight_decay, config.layerwise_lr == 1)
     kind = MasterAdamW if masters else torch.optim.AdamW
-    return kind(groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    return kind(groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)

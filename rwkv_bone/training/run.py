@@ -12,6 +12,7 @@ from ..foreign import Foreign
 from ..models.x060 import RWKV, ModelConfig
 from ..peft import METHODS, inject, start_from_gradients, train_parts
 from ..peft.lora_ga import LoraGaConfig
+from ..quant import quantise_model
 from .fit import base_dtype, fit
 from .loader import TrainingData
 from .loss import cross_entropy_sum
@@ -42,6 +43,8 @@ def make_model(config: TrainConfig) -> RWKV:
             asked, found = getattr(config, name), getattr(model.config, name)
             if asked not in (0, found):
                 raise UserError(f"--{name} {asked} contradicts {config.load_model}, which has {found}; leave the flag out")
+        if config.quant != "none":
+            quantise_model(model, config.quant)
         return model
     if config.peft != "none":
         raise UserError(f"--load_model is missing: --peft {config.peft} needs a base model (--peft none can begin a new one)")

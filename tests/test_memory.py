@@ -1,0 +1,105 @@
+"""What training is said to take before it begins is what it takes; and what is promised not to be kept is not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_bone.config import TrainConfig
+from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.peft import METHODS, inject
+from rwkv_bone.quant import quantise_model
+from rwkv_bone.training.infctx import backward_in_chunks
+from rwkv_bone.training.loss import cross_entropy_sum
+from rwkv_bone.training.memory import bytes_of, estimate
+from rwkv_bone.training.optimiser import make_optimiser
+from tests.watch import peak_bytes
+
+
+def config(**given) -> TrainConfig:
+    return TrainConfig(data_file="none", **given)
+
+
+def training(model: RWKV, B: int, T: int, config: TrainConfig):
+    """The first two steps: the optimiser's state is made at the end of the first."""
+    idx = torch.randint(model.config.vocab_size, (B, T + 1))
+    micro = {"idx": idx[:, :-1], "targets": idx[:, 1:]}
+    model.grad_cp = config.grad_cp
+
+    def forward(piece, state=None):
+        hidden, state = model.hidden(piece["idx"], state)
+        return cross_entropy_sum(hidden, model.head.weight, piece["targets"], config.l2wrap), state
+
+    def steps():
+        optimiser = make_optimiser(model, config)
+        for _ in range(2):
+            for _ in range(config.accumulate_grad_batches):
+                if config.train_type == "infctx":
+                    backward_in_chunks(forward, micro, config.chunk_ctx, config.truncate, lambda loss, last: loss.backward())
+                else:
+                    forward(micro)[0].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return steps
+
+
+CASES = {
+    "bone": ({}, {}),
+    "bone, blocks recomputed": ({}, {"grad_cp": True}),
+    "lora": ({}, {"peft": "lora", "peft_options": {"r": 8}}),
+    "dora, accumulated": ({}, {"peft": "dora", "peft_options": {"r": 8}, "accumulate_grad_batches": 2}),
+    "bf16": ({"dtype": torch.bfloat16}, {}),
+    "bf16, blocks recomputed": ({"dtype": torch.bfloat16}, {"grad_cp": True}),
+    "a large head": ({"vocab_size": 8192, "n_layer": 2}, {}),
+    "the whole model": ({"vocab_size": 2048}, {"peft": "none"}),
+    "the whole model in bf16": ({"vocab_size": 2048, "dtype": torch.bfloat16}, {"peft": "none"}),
+    "int8": ({}, {"quant": "int8"}),
+    "chunks": ({"T": 256}, {"train_type": "infctx", "chunk_ctx": 64}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_within_10_percent_of_what_a_step_takes(name):
+    sizes, flags = CASES[name]
+    sizes = {"vocab_size": 256, "n_layer": 5, "n_embd": 128, "B": 2, "T": 128, "dtype": torch.float32, **sizes}
+    B, T, dtype = (sizes.pop(key) for key in ("B", "T", "dtype"))
+    given = config(**flags)
+    model = RWKV(ModelConfig.new(**sizes)).initialise(0).to(dtype)
+    if given.quant != "none":
+        quantise_model(model, given.quant)
+    if given.peft != "none":
+        method = METHODS[given.peft]
+        inject(model, method, method.Config(8))
+    parts = estimate(model, B, T, given)
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+    model_itself = bytes_of([*model.parameters(), *model.buffers()])
+    measured = peak_bytes(training(model, B, T, given))
+    assert sum(parts.values()) - model_itself == pytest.approx(measured, rel=0.1)
+    assert parts["base weights"] == bytes_of(frozen)
+
+
+def test_chunked_cross_entropy_takes_less_than_a_tenth_of_the_plain_one():
+    B, T, C, V = 4, 1024, 8, 65536
+    hidden, weight = torch.randn(B, T, C, requires_grad=True), torch.randn(V, C)
+    targets = torch.randint(V, (B, T))
+
+    def plain():
+        F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum").backward()
+
+    ours = peak_bytes(lambda: cross_entropy_sum(hidden, weight, targets, True).backward())
+    assert ours < peak_bytes(plain) / 10
+
+
+def test_frozen_weights_never_get_a_gradient():
+    model = RWKV(ModelConfig.new(256, 2, 64)).initialise(0)
+    inject(model, METHODS["bone"], METHODS["bone"].Config(8))
+    training(model, 1, 16, config())()
+    made = []
+    for p in model.parameters():
+        p.register_hook(lambda g, p=p: made.append(p)) if p.requires_grad else None
+    idx = torch.randint(256, (1, 17))
+    hidden, _ = model.hidden(idx[:, :-1])
+    cross_entropy_sum(hidden, model.head.weight, idx[:, 1:]).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad == name.endswith(".bone"), name
+    assert len(made) == sum(p.requires_grad for p in model.parameters())
