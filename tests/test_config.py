@@ -36,6 +36,11 @@ def test_train_parts_are_taken_in_every_way_that_scripts_write_them(written):
     assert parse("--train_parts", *written).train_parts == (() if written == ["[]"] else ("time", "ln"))
 
 
+@pytest.mark.parametrize("op", ["fla", "triton"])
+def test_other_trainers_kernels_mean_our_own(op):
+    assert parse("--op", op).op == "auto"
+
+
 def test_lr_final_is_lr_init_where_it_is_not_given():
     assert parse("--lr_init", "3e-4").lr_final == 3e-4
     assert parse("--lr_init", "3e-4", "--lr_final", "0").lr_final == 0

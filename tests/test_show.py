@@ -26,3 +26,10 @@ def test_trained_text_is_marked_and_padding_left_out():
 def test_on_a_terminal_the_mark_is_green():
     shown = show_batch(batch(("ab", [1])), ByteTokenizer(257), colour=True)
     assert shown.endswith("a\x1b[32mb\x1b[0m")
+
+
+def test_a_character_of_two_bytes_is_not_cut():
+    tokens = torch.tensor(ByteTokenizer(256, "utf-16-le").encode("abc"))
+    micro = {"idx": tokens[None, :-1], "targets": tokens[None, 1:].clone()}
+    shown = show_batch(micro, ByteTokenizer(256, "utf-16-le"), colour=False)
+    assert shown.endswith("\na[[bc]]")

@@ -24,7 +24,8 @@ def show_batch(micro: dict[str, Tensor], tokenizer: Tokenizer, colour: bool | No
         marks = [False, *trained][: last + 2]
         text, start = "", 0
         for i in range(1, len(tokens) + 1):
-            if i == len(tokens) or marks[i] != marks[start]:
+            # a border inside a character moves to the character's end
+            if i == len(tokens) or (marks[i] != marks[start] and not tokenizer.decode(tokens[start:i]).endswith("\ufffd")):
                 piece = tokenizer.decode(tokens[start:i])
                 text += f"{opening}{piece}{closing}" if marks[start] else piece
                 start = i
