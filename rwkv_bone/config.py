@@ -198,6 +198,8 @@ class TrainConfig:
             raise UserError(f"--quant {self.quant} freezes the base: it takes a --peft other than none, or --train_type state")
         if self.train_type == "state" and (self.peft != "none" or not self.load_model):
             raise UserError("--train_type state trains each layer's initial state alone: it takes --load_model and no --peft")
+        if self.train_type == "state" and self.dataload == "pack":
+            raise UserError("--train_type state: where rows are packed, only their first document begins with the state; use pad")
         if self.peft == "none" and (self.train_parts or self.peft_options or self.peft_checkpoint):
             raise UserError("--peft none trains the whole model: --train_parts, --peft_checkpoint and options need a method")
         if self.peft not in ("none", *METHODS):

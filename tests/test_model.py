@@ -184,3 +184,14 @@ def test_a_new_model_starts_as_rwkv_lm_starts_it():
     assert values["blocks.1.att.ln_x.weight"][0].item() == pytest.approx((2 / 3) ** 0.7)
     logits, _ = RWKV(config).initialise(0)(torch.randint(100, (1, 8)))
     assert logits.isfinite().all()
+
+
+def test_a_block_compiles_to_one_graph_with_its_gradients(make_model):
+    block = make_model(dtype=torch.float32, n_embd=32, dim_att=32).blocks[1]
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    compiled = torch.compile(lambda x: block(x, None)[0], fullgraph=True)
+    wanted = [x, *block.parameters()]
+    ours = torch.autograd.grad(compiled(x).square().sum(), wanted)
+    truth = torch.autograd.grad(block(x, None)[0].square().sum(), wanted)
+    for a, b in zip(ours, truth):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

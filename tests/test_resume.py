@@ -58,6 +58,27 @@ def test_a_run_that_is_killed_at_any_file_operation_goes_on_bitwise(world, unbro
     assert not list(folder.glob("**/*.tmp"))
 
 
+def test_validation_is_part_of_what_goes_on(world):
+    flags = (*FLAGS, "--val_split", "0.2", "--val_every", 1, "--lr_schedule", "cos", "--warmup_steps", 4)
+    assert run_to_end(world, *flags, name="val").codes == [0]
+    folder = world / "val_killed"
+    for count in (19, 31, 26, 40, None):
+        ended = run_to_end(world, *flags, name=folder.name, before=count and DieAt(folder, count))
+        assert ended.codes == [-signal.SIGKILL if count else 0], ended.said
+    assert_same_run(world / "val", folder)
+    assert (folder / "val_data.jsonl").read_text() == (world / "val" / "val_data.jsonl").read_text()
+
+
+def test_a_run_that_ended_early_stays_ended(world):
+    flags = (*FLAGS, "--val_split", "0.2", "--val_every", 1, "--patience", 2, "--lr_init", "0")
+    for _ in range(2):
+        assert run_to_end(world, *flags, name="patience").codes == [0]
+        assert len(losses(world / "patience")) == 3
+    longer = [flag if flag != 2 else 4 for flag in flags]
+    assert run_to_end(world, *longer, name="patience").codes == [0]
+    assert len(losses(world / "patience")) == 5
+
+
 def test_a_run_that_is_killed_at_any_time_goes_on_bitwise(world, unbroken):
     chance = random.Random(0)
     folder = world / "any_time"

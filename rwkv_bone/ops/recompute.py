@@ -18,8 +18,10 @@ def remade(f: Callable[..., Outputs], *args: Tensor | None, trained: Sequence[Te
     anew there, all at once. `trained`: tensors that f uses beside `args` and that may want a gradient. f must be deterministic,
     and its outputs no views of one another.
     """
+    # The compiler decides itself what it keeps and what it makes again.
     # ZeRO-3 lends a parameter (ds_id) to its module's own forward and backward alone, so f cannot be run again for its gradient
-    if not torch.is_grad_enabled() or any(t.requires_grad and hasattr(t, "ds_id") for t in trained):
+    lent = any(t.requires_grad and hasattr(t, "ds_id") for t in trained)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or lent:
         yield f(*args)
         return
     again = Again(f, args, [t for t in trained if t.requires_grad])

@@ -204,14 +204,15 @@ def make_loggers(config: TrainConfig) -> list:
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
     loggers: list[Logger] = [CSVLogger(config.proj_dir, name="metrics")]
-    try:
-        if config.tensorboard:
-            loggers.append(TensorBoardLogger(config.proj_dir, name="tensorboard"))
-        if config.wandb:
-            loggers.append(WandbLogger(project=config.wandb, save_dir=config.proj_dir))
-    except ModuleNotFoundError:
-        name = "tensorboard" if config.tensorboard and len(loggers) == 1 else "wandb"
-        raise UserError(f"--{name} needs the package {name}: pip install {name}, or leave the flag out") from None
+    wanted = {
+        "tensorboard": config.tensorboard and (lambda: TensorBoardLogger(config.proj_dir, name="tensorboard")),
+        "wandb": config.wandb and (lambda: WandbLogger(project=config.wandb, save_dir=config.proj_dir)),
+    }
+    for name, make in wanted.items():
+        try:
+            loggers += [make()] if make else []
+        except ModuleNotFoundError:  # the community's scripts pass --wandb: no reason not to train
+            print(f"warning: --{name}: the package {name} is missing (pip install {name}); logging goes on without", flush=True)
     return loggers
 
 

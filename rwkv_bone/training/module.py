@@ -105,7 +105,7 @@ class FineTune(L.LightningModule):
         config = self.config
         if config.train_type == "infctx":
             return backward_in_chunks(self.engine.forward, micro, config.chunk_ctx, config.truncate, backward)
-        loss, _ = self.engine.forward(micro)
+        loss = self.engine.forward(micro)[0]
         backward(loss, True)
         return loss.detach()
 

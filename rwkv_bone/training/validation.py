@@ -33,6 +33,8 @@ class Validation(L.Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             (self.dir / LOG).write_text("".join(json.dumps(measure) + "\n" for measure in measures))
+        if self.config.patience and self.since >= self.config.patience:  # a run that ended early stays ended
+            trainer.should_stop = True
 
     def note(self, loss: float) -> bool:
         """Whether that is the lowest loss so far."""
