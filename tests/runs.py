@@ -136,8 +136,8 @@ def train(argv: list[str], log: Path, environment: dict, before) -> None:
     run(lambda: main(argv, deepspeed))
 
 
-def run_to_end(folder: Path, *flags, name: str, ranks: int = 1, before=None) -> Ended:
-    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before).end()
+def run_to_end(folder: Path, *flags, name: str, ranks: int = 1, before=None, seconds: float = 120) -> Ended:
+    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before).end(seconds)
 
 
 class DieAt:

@@ -122,6 +122,8 @@ def prepare_folder(config: TrainConfig) -> None:
     except OSError as error:
         raise UserError(f"--proj_dir {folder}: cannot be written ({error.strerror})") from None
     saved, results = resume.steps_saved(folder), sorted(folder.glob("rwkv-*.pth"))
+    if config.resume:  # the best so far may be older than the first checkpoint
+        results = [path for path in results if path.name != "rwkv-best.pth"]
     if config.overwrite or (config.resume and (saved or not results)):
         return
     if saved:
@@ -192,11 +194,12 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
         raise UserError(f"{what}; --resume auto goes on from what was saved") from error
     except OSError as error:  # a log that cannot be written
         raise UserError(f"{config.proj_dir}: cannot be written ({error.strerror or error}); --resume auto goes on") from error
-    if first:
-        draw(config)
-    if not records.interrupted or not first:  # a launcher takes another device's code for a crash
+    if not first:  # a launcher takes another device's code for a crash
         return 0
-    return 128 + (module.stop_requested or signal.SIGTERM)
+    if records.interrupted:
+        return 128 + (module.stop_requested or signal.SIGTERM)
+    draw(config)
+    return 0
 
 
 def make_loggers(config: TrainConfig) -> list:
