@@ -36,6 +36,7 @@ REQUIRED = {
 OPTIONAL = {
     "pyrwkv-tokenizer": "the World vocabulary, and reading text fast",
     "matplotlib": "pictures of runs",
+    "bitsandbytes": "--quant nf4",
 }
 GIB = 1 << 30
 
