@@ -30,6 +30,14 @@ DEVICE uint32_t pack_bf16(float low, float high) {
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
+// The thread's place in its warp, read anew at every call: what is made of it need not live in registers from one use to
+// the next.
+DEVICE int lane_index() {
+  unsigned lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane & 31;  // known to the compiler to be small
+}
+
 // 2^x, to 2 ulp; results below 2^-126 are 0.
 DEVICE float ex2(float x) {
   float y;
@@ -138,6 +146,7 @@ static int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 #define DYNAMIC_SHARED(name) unsigned char* name = shim::dynamic_shared.data()
 
 DEVICE float bits_to_float(uint32_t bits) { return shim::bits_to_float(bits); }
+DEVICE int lane_index() { return shim::current->lane; }
 DEVICE uint32_t round_to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

@@ -28,10 +28,22 @@
 // output in bf16 can tell from 0; -inf becomes that too), so it stays below 2^96 and leaves 2^31 for |r| and |k|. Where
 // log_w is clamped its gradient is 0.
 //
+// What should bind is bytes: a token and head costs 640 forward (1184 where a backward pass follows) and 1696 backward, each
+// moved once. As compiled by nvcc 13.0 for sm_90 a warp issues 487 instructions a chunk forward (577 if log_w is fp32) and 861
+// backward (945). For B 8, T 4096, C 4096 on 132 multiprocessors that is at least 0.5 and 0.85 million cycles, of the order
+// of the time that the bytes take at 4.3 TB/s, 0.56 and 0.81 ms.
+//                      registers on sm_90   shared memory   blocks a multiprocessor: sm_90 and sm_100, sm_80, sm_86/89/120
+//   forward,  bf16 log_w        127         40.5 KB         4, 3, 2
+//   forward,  fp32 log_w        124         46.5 KB         4, 3, 2
+//   backward, bf16 log_w        128         52.8 KB         4, 3, 1
+//   backward, fp32 log_w        128         54.8 KB         4, 2, 1
+//
 // Operands of the tensor cores are bf16, everything else is fp32. No atomics and one fixed order of additions: results are
 // the same bit for bit on every run. Everything is built from one product, X Y^T of 16x16 blocks (`add_product`).
 //
 // Tensors (B, T, H, 64) contiguous, u (H, 64), states (B, H, 64, 64) indexed [key, value], gu (B, H, 64), a row per batch row.
+#include <initializer_list>
+
 #include "device.cuh"
 
 constexpr int N = 64, L = 16;  // head size; tokens of a chunk
@@ -42,8 +54,8 @@ constexpr float MIN_LOG_W = -16.625f;
 constexpr uint32_t MIN_LOG_W_TWICE = 0xc185c185u;  // as bf16, in both halves
 constexpr uint32_t ONES = 0x3f803f80u;
 
-// Blocks that a multiprocessor shall hold: four fit into the shared memory of sm_90 and sm_100 (228 KB), three into that of
-// sm_80. On sm_86, sm_89 and sm_120 (100 KB) it is two of the forward and one of the backward kernel.
+// Blocks that a multiprocessor shall hold, that is, how many registers a thread may have. Where there are 100 KB of shared
+// memory, it is that which limits them.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 #define FORWARD_BLOCKS 2
 #define BACKWARD_BLOCKS 1
@@ -61,17 +73,20 @@ struct Shape {
 //
 // A block of bf16 is spread over the warp as mma wants its first operand: register h + 2 n of a lane holds elements
 // (row + 8 h, 8 n + col) and (row + 8 h, 8 n + col + 1), row = lane / 4, col = 2 (lane % 4). The same registers, paired
-// otherwise, are mma's second operand for the transposed block. A tile is the 16x16 result: c[n][2 h + e] is element
+// otherwise, are mma's second operand for the transposed block. A tile is the fp32 result: half[n].c[2 h + e] is element
 // (row + 8 h, 8 n + col + e), so a rounded tile is a block again.
 
 struct Block {
   uint32_t x[4];
 };
+struct Half {  // eight columns
+  float c[4];
+};
 struct Tile {
-  float c[2][4];
+  Half half[2];
 };
 
-// The compiler cannot know that threadIdx.x / 32 is the same for a whole warp; like this it can, and saves registers.
+// The compiler cannot know that threadIdx.x / 32 is the same for a whole warp; so it does, and saves registers.
 DEVICE int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
 DEVICE int row_of(int lane) { return lane / 4; }
 DEVICE int col_of(int lane) { return 2 * (lane % 4); }
@@ -79,100 +94,59 @@ DEVICE int col_of(int lane) { return 2 * (lane % 4); }
 // columns 8 n to 8 n + 7 of d += a b^T
 template <int n>
 DEVICE void add_half_product(Tile& d, const Block& a, const Block& b) {
-  mma_bf16(d.c[n], a.x, b.x[n], b.x[n + 2]);
+  mma_bf16(d.half[n].c, a.x, b.x[n], b.x[n + 2]);
 }
+// d += a b^T
 DEVICE void add_product(Tile& d, const Block& a, const Block& b) {
   add_half_product<0>(d, a, b);
   add_half_product<1>(d, a, b);
 }
-
-// The same in halves of the sum. No operand has to lie in pairs for it, so it saves moves where a block is the first operand
-// here and the second one elsewhere.
+// The same in halves of the sum. The second operand need not lie in pairs of registers, which saves moves for a block that is
+// a first operand elsewhere.
 DEVICE void add_product_by_halves(Tile& d, const Block& a, const Block& b) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) mma_bf16_k8(d.c[i % 2], a.x + i / 2 * 2, b.x[i]);
+  for (int i = 0; i < 4; i++) mma_bf16_k8(d.half[i % 2].c, a.x + i / 2 * 2, b.x[i]);
 }
 
-DEVICE Block rounded(const Tile& t) {
-  Block b;
-#pragma unroll
-  for (int i = 0; i < 4; i++) b.x[i] = pack_bf16(t.c[i / 2][i % 2 * 2], t.c[i / 2][i % 2 * 2 + 1]);
-  return b;
-}
-DEVICE Tile floats(const Block& b) {
-  Tile t;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    t.c[i / 2][i % 2 * 2] = low_bf16(b.x[i]);
-    t.c[i / 2][i % 2 * 2 + 1] = high_bf16(b.x[i]);
-  }
-  return t;
-}
-// out = f(in...), element by element
-template <class F, class... In>
-DEVICE Tile each(F f, const In&... in) {
-  Tile out;
-#pragma unroll
-  for (int i = 0; i < 8; i++) out.c[i / 4][i % 4] = f(in.c[i / 4][i % 4]...);
-  return out;
-}
 template <class F>
-DEVICE Tile indexed(F f) {  // out.c[n][i] = f(n, i)
-  Tile out;
-#pragma unroll
-  for (int i = 0; i < 8; i++) out.c[i / 4][i % 4] = f(i / 4, i % 4);
-  return out;
-}
-DEVICE Tile times(const Tile& a, const Tile& b) {
-  return each([](float x, float y) { return x * y; }, a, b);
-}
-// Columns 8 n to 8 n + 7 alone.
-struct Half {
-  float c[4];
-};
-template <class F>
-DEVICE Half indexed_half(F f) {
+DEVICE Half each(F f) {  // c[i] = f(i)
   return {{f(0), f(1), f(2), f(3)}};
 }
 DEVICE Half floats(const Block& b, int n) {
   return {{low_bf16(b.x[2 * n]), high_bf16(b.x[2 * n]), low_bf16(b.x[2 * n + 1]), high_bf16(b.x[2 * n + 1])}};
 }
-DEVICE Half half(const Tile& t, int n) { return {{t.c[n][0], t.c[n][1], t.c[n][2], t.c[n][3]}}; }
-DEVICE void round_into(Block& b, int n, const Half& x) {
-  b.x[2 * n] = pack_bf16(x.c[0], x.c[1]), b.x[2 * n + 1] = pack_bf16(x.c[2], x.c[3]);
+DEVICE void set_rounded(Block& b, int n, const Half& x) {
+  b.x[2 * n] = pack_bf16(x.c[0], x.c[1]);
+  b.x[2 * n + 1] = pack_bf16(x.c[2], x.c[3]);
+}
+DEVICE Block rounded(const Tile& t) {
+  Block b;
+  set_rounded(b, 0, t.half[0]);
+  set_rounded(b, 1, t.half[1]);
+  return b;
 }
 DEVICE Half times(const Half& a, const Half& b) {
-  return {{a.c[0] * b.c[0], a.c[1] * b.c[1], a.c[2] * b.c[2], a.c[3] * b.c[3]}};
+  return each([&](int i) { return a.c[i] * b.c[i]; });
 }
-DEVICE void add_product_of(float (&sum)[4], const Half& a, const Half& b) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) sum[i] += a.c[i] * b.c[i];
+DEVICE Tile times(const Tile& a, const Tile& b) { return {{times(a.half[0], b.half[0]), times(a.half[1], b.half[1])}}; }
+DEVICE Half plus_product(const Half& sum, const Half& a, const Half& b) {
+  return each([&](int i) { return sum.c[i] + a.c[i] * b.c[i]; });
 }
-DEVICE Block scaled(const Block& b, const Tile& by) { return rounded(times(floats(b), by)); }
+DEVICE Block scaled(const Block& b, const Tile& by) { return rounded(times(Tile{{floats(b, 0), floats(b, 1)}}, by)); }
 
-// ---- blocks in shared memory. Each form is free of bank conflicts for the accesses named here.
+// ---- blocks in shared memory, in two forms; no access of them meets a bank twice
 //
-// slice: 16 tokens, 32 bytes each, of one warp's channels; the two 16-byte pieces swapped in every other four rows.
-// sheet: four slices, all channels.
-// tiled: the four registers of a block one after the other, each an 8x8 matrix of 128 bytes.
+// slice: 16 tokens, 32 bytes each, of one warp's channels; the two 16-byte pieces are swapped in every other four tokens.
+// tiled: the four registers of a block one after the other, each an 8x8 matrix of 128 bytes; to be loaded transposed.
 //
-// mma's first operand is four registers in a row, the second pairs of two: ldmatrix can load in the order of either use, and
-// saves moves when told which.
+// mma's first operand is four registers in a row, the second pairs of two. ldmatrix loads in the order of either use, told
+// which, and saves the moves.
 
 constexpr int BLOCK_BYTES = 512;
 enum Order { FIRST, SECOND };
-
-// Which 8x8 matrix of the block, and which row of it, a lane addresses for ldmatrix.
-struct Part {
-  int h, n, i;
-  __device__ Part(int lane, Order order)
-      : h(order == FIRST ? lane >> 3 & 1 : lane >> 4), n(order == FIRST ? lane >> 4 : lane >> 3 & 1), i(lane & 7) {}
-};
-template <Order order, bool transposed>
-DEVICE Block load_block(const unsigned char* row) {
-  uint32_t x[4];
-  if constexpr (transposed) ldmatrix_trans<4>(x, row);
-  else ldmatrix<4>(x, row);
+// registers h + 2 n of a block as they come from ldmatrix; its own inverse
+template <Order order>
+DEVICE Block ordered(const uint32_t (&x)[4]) {
   if constexpr (order == FIRST) return {{x[0], x[1], x[2], x[3]}};
   else return {{x[0], x[2], x[1], x[3]}};
 }
@@ -180,23 +154,31 @@ DEVICE Block load_block(const unsigned char* row) {
 DEVICE int slice_offset(int token, int piece) { return token * 32 + ((piece ^ (token >> 2 & 1)) << 4); }
 template <Order order>
 DEVICE Block load_slice(const unsigned char* slice, int lane) {
-  const Part part(lane, order);
-  return load_block<order, false>(slice + slice_offset(part.i + 8 * part.h, part.n));
+  const int h = order == FIRST ? lane >> 3 & 1 : lane >> 4, n = order == FIRST ? lane >> 4 : lane >> 3 & 1;
+  uint32_t x[4];
+  ldmatrix<4>(x, slice + slice_offset((lane & 7) + 8 * h, n));
+  return ordered<order>(x);
 }
 template <Order order>
 DEVICE Block load_slice_transposed(const unsigned char* slice, int lane) {
-  const Part part(lane, order);
-  return load_block<order, true>(slice + slice_offset(part.i + 8 * part.n, part.h));
+  const int h = order == FIRST ? lane >> 3 & 1 : lane >> 4, n = order == FIRST ? lane >> 4 : lane >> 3 & 1;
+  uint32_t x[4];
+  ldmatrix_trans<4>(x, slice + slice_offset((lane & 7) + 8 * n, h));
+  return ordered<order>(x);
 }
 
+// `order` is that of the load to come. Transposing swaps the two middle registers, and so does SECOND.
+template <Order order>
 DEVICE void store_tiled(unsigned char* tiled, const Block& b, int lane) {
+  const Block in_order = ordered<order == FIRST ? SECOND : FIRST>(b.x);
 #pragma unroll
-  for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(tiled + 128 * i + 4 * lane) = b.x[i];
+  for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(tiled + 128 * i + 4 * lane) = in_order.x[i];
 }
 template <Order order>
 DEVICE Block load_tiled_transposed(const unsigned char* tiled, int lane) {
-  const Part part(lane, order);
-  return load_block<order, true>(tiled + 128 * (part.n + 2 * part.h) + 16 * part.i);
+  uint32_t x[4];
+  ldmatrix_trans<4>(x, tiled + 16 * lane);
+  return ordered<order>(x);
 }
 
 // ---- global memory <-> shared memory. `from` and `to` in global memory are the chunk's first token, and for slices the
@@ -214,17 +196,12 @@ DEVICE void copy_slice(unsigned char* to, const bf16* from, unsigned stride, int
 DEVICE int float_slice_offset(int token, int piece) { return token * 64 + ((piece ^ (token >> 1 & 3)) << 4); }
 DEVICE void copy_slice(unsigned char* to, const float* from, unsigned stride, int tokens, int lane) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int token = lane / 4 + 8 * i, piece = lane % 4;
-    cp_async_16(to + float_slice_offset(token, piece), from + (token * stride + 4 * piece), token < tokens);
+  for (int i = 0; i < 2; i++) {  // tokens lane / 4 and, 512 bytes on, lane / 4 + 8
+    const int token = lane / 4, piece = lane % 4;
+    cp_async_16(to + float_slice_offset(token, piece) + 512 * i,
+                from + (token * stride + 4 * piece) + i * 8 * int64_t(stride), token + 8 * i < tokens);
   }
 }
-using Sheet = unsigned char[4][BLOCK_BYTES];
-DEVICE void copy_sheet(Sheet& to, const bf16* from, unsigned stride, int tokens, int thread) {
-  const int token = thread / 8, piece = thread % 8;
-  cp_async_16(to[piece / 2] + slice_offset(token, piece % 2), from + (token * stride + 8 * piece), token < tokens);
-}
-
 // b[token, channel], through `scratch` (BLOCK_BYTES of the warp's own): tiled, but with the two halves of the 8x8 matrices of
 // the last eight channels swapped, as reading 32 bytes a token would meet banks twice.
 DEVICE void write_slice(bf16* to, const Block& b, unsigned stride, int tokens, unsigned char* scratch, int lane) {
@@ -309,7 +286,7 @@ DEVICE Tile sums_by_token(uint32_t range, const LogDecay<W>& w) {  // [token, ch
 
 struct Checkpoint {
   unsigned char state[4][4][BLOCK_BYTES];  // [keys][values]: tiled blocks of S^T
-  unsigned char scores[BLOCK_BYTES];       // tiled A
+  unsigned char scores[BLOCK_BYTES];       // tiled A; all for FIRST
 };
 
 // ---- where a block of threads works: blockIdx.x is its (batch row, head), blockIdx.y its segment
@@ -372,14 +349,12 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const int value = 16 * warp + row + i % 4 / 2 * 8, key = 16 * q + i / 4 * 8 + col + i % 2;
-        use(S[q].c[i / 4][i % 4], key * N + value);
+        use(S[q].half[i / 4].c[i % 4], key * N + value);
       }
   };
   for_each_of_state([&](float& x, int i) { x = states ? states[batch_head_segment(shape) * N * N + i] : 0.f; });
-  Tile bonus;  // u, [token, key] of the warp's keys
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    bonus.c[i / 4][i % 4] = u[batch_head() % shape.H * N + 16 * warp + i / 4 * 8 + col + i % 2];
+  const float* const u_here = u + batch_head() % shape.H * N + 16 * warp + col;
+  const Tile bonus{{each([&](int i) { return u_here[i % 2]; }), each([&](int i) { return u_here[8 + i % 2]; })}};
 
   const int64_t step = int64_t(L) * place.stride;
   int64_t here = place.start + place.chunk * step + 16 * warp, ahead = here;
@@ -410,48 +385,39 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     load<SECOND>(w, inputs.log_w, lane);
     copy(chunk + 2, slot > 0 ? slot - 1 : 2);
 
-    // the warp's keys; n, i, e index tiles. `whole` does not depend on the token, `middle` on its half alone.
+    // the warp's keys. Sums in bits; `whole` does not depend on the token, `middle` on its half alone.
     const Tile before = sums_by_token(ranges.before, w), upto = sums_by_token(ranges.upto, w);
-    Tile middle = sums_by_token(ranges.middle, w), whole{};
+    Tile middle = sums_by_token(ranges.middle, w), whole{}, to_rt, to_kh, to_near, to_far{}, to_kk;
 #pragma unroll
     for (const Block& part : w.part) add_product(whole, Block{{ONES, ONES, ONES, ONES}}, part);
-    Tile to_rt, to_kh, to_near, to_far{}, to_kk;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) middle.c[n][i] *= LOG2_E;
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float whole_bits = LOG2_E * whole.c[n][e];
-        whole.c[n][e] = ex2(whole_bits);
-#pragma unroll
-        for (int i = e; i < 4; i += 2) {
-          to_rt.c[n][i] = ex2(LOG2_E * before.c[n][i]);
-          to_kh.c[n][i] = ex2(whole_bits - LOG2_E * upto.c[n][i]);
-          to_near.c[n][i] = ex2(LOG2_E * before.c[n][i] - middle.c[n][i]);
-          to_kk.c[n][i] = ex2(middle.c[n][i] - LOG2_E * upto.c[n][i]);
-        }
-        to_far.c[n][2 + e] = ex2(LOG2_E * before.c[n][2 + e] - middle.c[n][e]);
-      }
+      auto before_bits = [&](int i) { return LOG2_E * before.half[n].c[i]; };
+      auto upto_bits = [&](int i) { return LOG2_E * upto.half[n].c[i]; };
+      const Half middle_bits = each([&](int i) { return LOG2_E * middle.half[n].c[i]; });
+      const float whole_bits[2] = {LOG2_E * whole.half[n].c[0], LOG2_E * whole.half[n].c[1]};
+      to_rt.half[n] = each([&](int i) { return ex2(before_bits(i)); });
+      to_kh.half[n] = each([&](int i) { return ex2(whole_bits[i % 2] - upto_bits(i)); });
+      to_near.half[n] = each([&](int i) { return ex2(before_bits(i) - middle_bits.c[i]); });
+      to_kk.half[n] = each([&](int i) { return ex2(middle_bits.c[i] - upto_bits(i)); });
+      to_far.half[n] = each([&](int i) { return i < 2 ? 0.f : ex2(before_bits(i) - middle_bits.c[i - 2]); });
+      if (row == 0)
+        *reinterpret_cast<float2*>(&exchange.D[16 * warp + 8 * n + col]) =
+            make_float2(ex2(whole_bits[0]), ex2(whole_bits[1]));
     }
     const Block rt = scaled(r_now, to_rt), near = scaled(r_now, to_near), far = scaled(r_now, to_far),
                 kk = scaled(k_now, to_kk);
     exchange.rt[warp][lane] = make_uint4(rt.x[0], rt.x[1], rt.x[2], rt.x[3]);
-    store_tiled(exchange.kh[warp], scaled(k_now, to_kh), lane);
-    if (row == 0) {
-#pragma unroll
-      for (int n = 0; n < 2; n++)
-        *reinterpret_cast<float2*>(&exchange.D[16 * warp + 8 * n + col]) = make_float2(whole.c[n][0], whole.c[n][1]);
-    }
+    store_tiled<SECOND>(exchange.kh[warp], scaled(k_now, to_kh), lane);
     Tile scores{}, diagonal{};
     add_half_product<0>(scores, Block{{near.x[0], far.x[1], near.x[2], far.x[3]}}, kk);
     add_half_product<1>(scores, near, kk);
     add_product(diagonal, scaled(r_now, bonus), k_now);
     auto causal = [&](int n, int i) {  // an element of the two 8x8 matrices on the diagonal
       const int s = col + i % 2;
-      return s < row ? scores.c[n][i] : s == row ? diagonal.c[n][i] : 0.f;
+      return s < row ? scores.half[n].c[i] : s == row ? diagonal.half[n].c[i] : 0.f;
     };
-    exchange.scores[warp][lane] = make_float4(causal(0, 0), causal(0, 1), scores.c[0][2], scores.c[0][3]);
+    exchange.scores[warp][lane] = make_float4(causal(0, 0), causal(0, 1), scores.half[0].c[2], scores.half[0].c[3]);
     exchange.scores_11[warp][lane] = make_float2(causal(1, 2), causal(1, 3));
     __syncthreads();
 
@@ -472,12 +438,12 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
 #pragma unroll
     for (int q = 0; q < 4; q++) {
       const Block S_q = rounded(S[q]);
-      if (kept) store_tiled(kept->state[q][warp], S_q, lane);
+      if (kept) store_tiled<FIRST>(kept->state[q][warp], S_q, lane);
       const uint4 x = exchange.rt[q][lane];
       add_product(out, Block{{x.x, x.y, x.z, x.w}}, S_q);
     }
     if (kept) {
-      const uint32_t mine = warp == 0 ? A.x[0] : warp == 1 ? A.x[1] : warp == 2 ? A.x[2] : A.x[3];
+      const uint32_t mine = warp == 0 ? A.x[0] : warp == 1 ? A.x[2] : warp == 2 ? A.x[1] : A.x[3];
       *reinterpret_cast<uint32_t*>(kept->scores + 128 * warp + 4 * lane) = mine;
       kept++;
     }
@@ -488,7 +454,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
 #pragma unroll
       for (int n = 0; n < 2; n++) {
         const float2 D = *reinterpret_cast<const float2*>(&exchange.D[16 * q + 8 * n + col]);
-        S[q].c[n][0] *= D.x, S[q].c[n][1] *= D.y, S[q].c[n][2] *= D.x, S[q].c[n][3] *= D.y;
+        S[q].half[n] = times(S[q].half[n], Half{{D.x, D.y, D.x, D.y}});
       }
       add_product(S[q], v_now, load_tiled_transposed<SECOND>(exchange.kh[q], lane));
     }
@@ -503,65 +469,62 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
 // The other kernels keep a state as [key, value], 16 keys a warp, and so want r, k and log_w as [channel, token].
 
 template <class W>
-struct Decays {         // of the warp's 16 channels; channel row + 8 h, token 8 n + col + e
-  Tile before;          // [channel, token]: the sum over tokens < t
-  float until[2][2];    // [n][h]: over tokens <= 8 n + col + 1; those <= 8 n + col are in `before`
-  float middle[2][2];   // [n][h]: over tokens before the middle of the half chunk n, in bits
-  float whole[2];       // [h]: over the chunk, in bits
+struct Decays {        // of the warp's 16 channels; channel row + 8 h, token 8 n + col + e
+  Tile before;         // [channel, token]: the sum over tokens < t
+  float until[2][2];   // [n][h]: over tokens <= 8 n + col + 1; that over tokens <= 8 n + col is in `before`
+  float middle[2][2];  // [n][h]: over tokens before the middle of the half n of the chunk, in bits
+  float whole[2];      // [h]: over the chunk, in bits
 
   __device__ Decays(const Ranges& ranges, const LogDecay<W>& w) {
-    float first_half[4] = {}, all[4];
+    Half first_half{};
 #pragma unroll
-    for (const Block& part : w.part) mma_bf16_k8(first_half, part.x, ONES);
+    for (const Block& part : w.part) mma_bf16_k8(first_half.c, part.x, ONES);
     before = sums(ranges.before, first_half, w);
     const Tile to_middle = sums(ranges.middle, first_half, w);
+    Half all = first_half;
 #pragma unroll
-    for (int i = 0; i < 4; i++) all[i] = first_half[i];
-#pragma unroll
-    for (const Block& part : w.part) mma_bf16_k8(all, part.x + 2, ONES);
+    for (const Block& part : w.part) mma_bf16_k8(all.c, part.x + 2, ONES);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      whole[h] = LOG2_E * all[2 * h];
+      whole[h] = LOG2_E * all.c[2 * h];
 #pragma unroll
       for (int n = 0; n < 2; n++) {
-        middle[n][h] = LOG2_E * to_middle.c[n][2 * h];
-        until[n][h] = before.c[n][2 * h + 1];
+        middle[n][h] = LOG2_E * to_middle.half[n].c[2 * h];
+        until[n][h] = before.half[n].c[2 * h + 1];
 #pragma unroll
         for (const Block& part : w.part) until[n][h] += high_bf16(part.x[h + 2 * n]);
       }
     }
   }
-  __device__ static Tile sums(uint32_t range, const float (&first_half)[4], const LogDecay<W>& w) {
-    Tile t{};
-#pragma unroll
-    for (int i = 0; i < 4; i++) t.c[1][i] = first_half[i];
+  __device__ static Tile sums(uint32_t range, const Half& first_half, const LogDecay<W>& w) {
+    Tile t{{Half{}, first_half}};
 #pragma unroll
     for (const Block& part : w.part) {
-      mma_bf16_k8(t.c[0], part.x, range);
-      mma_bf16_k8(t.c[1], part.x + 2, range);
+      mma_bf16_k8(t.half[0].c, part.x, range);
+      mma_bf16_k8(t.half[1].c, part.x + 2, range);
     }
     return t;
   }
-  __device__ float upto(int n, int i) const { return i % 2 ? until[n][i / 2] : before.c[n][i + 1]; }
 
-  // What turns r and k into rt, near, far (its second half), kh and kk; by halves n where that is enough.
-  __device__ Tile to_rt() const {
-    return each([](float sum) { return ex2(LOG2_E * sum); }, before);
-  }
-  __device__ Tile to_kh() const {
-    return indexed([&](int n, int i) { return ex2(whole[i / 2] - LOG2_E * upto(n, i)); });
+  // What turns half n of r and k into that of rt, near, far (its second half) and of kh, kk.
+  __device__ Half to_rt(int n) const {
+    return each([&](int i) { return ex2(LOG2_E * before.half[n].c[i]); });
   }
   __device__ Half to_near(int n) const { return from_middle(n, n); }
   __device__ Half to_far() const { return from_middle(1, 0); }
-  __device__ Half from_middle(int n, int of) const {
-    return indexed_half([&](int i) { return ex2(LOG2_E * before.c[n][i] - middle[of][i / 2]); });
+  __device__ Half to_kh(int n) const {
+    return each([&](int i) { return ex2(whole[i / 2] - LOG2_E * upto(n, i)); });
   }
   __device__ Half to_kk(int n) const {
-    return indexed_half([&](int i) { return ex2(middle[n][i / 2] - LOG2_E * upto(n, i)); });
+    return each([&](int i) { return ex2(middle[n][i / 2] - LOG2_E * upto(n, i)); });
+  }
+  __device__ float upto(int n, int i) const { return i % 2 ? until[n][i / 2] : before.half[n].c[i + 1]; }
+  __device__ Half from_middle(int n, int of) const {
+    return each([&](int i) { return ex2(LOG2_E * before.half[n].c[i] - middle[of][i / 2]); });
   }
 };
 
-// A state as the warp holds it: four tiles of 16 keys by 16 values. An element and its place in a state.
+// A state as the warp holds it: four tiles of 16 keys by 16 values. Calls use(element, its place in (64, 64)).
 template <class Use>
 DEVICE void for_each_of_keys(Tile (&state)[4], int warp, int lane, Use use) {
 #pragma unroll
@@ -569,15 +532,15 @@ DEVICE void for_each_of_keys(Tile (&state)[4], int warp, int lane, Use use) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const int key = 16 * warp + row_of(lane) + i % 4 / 2 * 8, value = 16 * q + i / 4 * 8 + col_of(lane) + i % 2;
-      use(state[q].c[i / 4][i % 4], key * N + value);
+      use(state[q].half[i / 4].c[i % 4], key * N + value);
     }
 }
-// state = diag(D) state + x z^T, x: [key, token], z: a sheet [token, value]
-DEVICE void update(Tile (&state)[4], const float (&D)[2], const Block& x, const Sheet& z, int lane) {
+// state = diag(D) state + x z^T, x: [key, token], z: [token, value]
+DEVICE void update(Tile (&state)[4], const float (&D)[2], const Block& x, const unsigned char (&z)[4][BLOCK_BYTES],
+                   int lane) {
 #pragma unroll
   for (int q = 0; q < 4; q++) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) state[q].c[i / 4][i % 4] *= D[i % 4 / 2];
+    state[q] = times(state[q], Tile{{{{D[0], D[0], D[1], D[1]}}, {{D[0], D[0], D[1], D[1]}}}});
     add_product(state[q], x, load_slice_transposed<SECOND>(z[q], lane));
   }
 }
@@ -590,8 +553,7 @@ DEVICE void update(Tile (&state)[4], const float (&D)[2], const Block& x, const 
 template <class W>
 struct alignas(16) SegmentShared {
   struct alignas(16) Inputs {
-    Sheet z;
-    unsigned char x[WARPS][BLOCK_BYTES], log_w[WARPS][slice_bytes<W>];
+    unsigned char z[4][BLOCK_BYTES], x[WARPS][BLOCK_BYTES], log_w[WARPS][slice_bytes<W>];
   } inputs[3];
 };
 
@@ -608,14 +570,14 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
 
   const int64_t step = int64_t(reverse ? -L : L) * place.stride;
   const int count = place.end - place.chunk, first = reverse ? place.end - 1 : place.chunk;
-  int64_t ahead = place.start + int64_t(first) * L * place.stride;
+  int64_t ahead = place.start + int64_t(first) * L * place.stride + 16 * warp;
   auto copy = [&](int i, int slot) {
     if (i < count) {
       const int tokens = shape.T - (reverse ? first - i : first + i) * L;
       auto& to = shared.inputs[slot];
-      copy_sheet(to.z, z + ahead, place.stride, tokens, threadIdx.x);
-      copy_slice(to.x[warp], x + ahead + 16 * warp, place.stride, tokens, lane);
-      copy_slice(to.log_w[warp], log_w + ahead + 16 * warp, place.stride, tokens, lane);
+      copy_slice(to.z[warp], z + ahead, place.stride, tokens, lane);
+      copy_slice(to.x[warp], x + ahead, place.stride, tokens, lane);
+      copy_slice(to.log_w[warp], log_w + ahead, place.stride, tokens, lane);
     }
     ahead += step;
     cp_async_commit();
@@ -634,10 +596,10 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     LogDecay<W> w;
     load<FIRST>(w, inputs.log_w[warp], lane);
     const Decays<W> decays_now(ranges, w);
-    const Block factor = scaled(load_slice_transposed<FIRST>(inputs.x[warp], lane),
-                                reverse ? decays_now.to_rt() : decays_now.to_kh());
+    const Tile factor = reverse ? Tile{{decays_now.to_rt(0), decays_now.to_rt(1)}}
+                                : Tile{{decays_now.to_kh(0), decays_now.to_kh(1)}};
     const float D[2] = {ex2(decays_now.whole[0]), ex2(decays_now.whole[1])};
-    update(state, D, factor, inputs.z, lane);
+    update(state, D, scaled(load_slice_transposed<FIRST>(inputs.x[warp], lane), factor), inputs.z, lane);
     total[0] += decays_now.whole[0], total[1] += decays_now.whole[1];
     slot = slot < 2 ? slot + 1 : 0;
   }
@@ -647,20 +609,21 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
       decays[batch_head_segment(shape) * N + 16 * warp + row_of(lane) + 8 * h] = ex2(total[h]);
 }
 
-// In place, a block per (batch row, head): from what each segment adds to a zero state, to what each segment starts from.
+// In place, from what each segment adds to a zero state to what each segment starts from. A thread per (batch row, head) and
+// element of the state.
 template <bool reverse>
 __global__ void chain_segments(int segments, const float* first, float* states, const float* decays) {
-  states += int64_t(blockIdx.x) * segments * N * N;
-  decays += int64_t(blockIdx.x) * segments * N;
-  for (int i = threadIdx.x; i < N * N; i += blockDim.x) {
-    float running = first ? first[int64_t(blockIdx.x) * N * N + i] : 0.f;
-    for (int j = 0; j < segments; j++) {
-      const int segment = reverse ? segments - 1 - j : j;
-      float& state = states[int64_t(segment) * N * N + i];
-      const float next = j + 1 < segments ? decays[int64_t(segment) * N + i / N] * running + state : 0.f;
-      state = running;
-      running = next;
-    }
+  const int64_t bh = blockIdx.x;
+  const int i = blockIdx.y * blockDim.x + threadIdx.x;
+  states += bh * segments * N * N + i;
+  decays += bh * segments * N + i / N;
+  float running = first ? first[bh * N * N + i] : 0.f;
+  for (int j = 0; j < segments; j++) {
+    const int64_t segment = reverse ? segments - 1 - j : j;
+    const bool last = j + 1 == segments;  // which `segment_states` leaves out
+    const float added = last ? 0.f : states[segment * N * N], decay = last ? 0.f : decays[segment * N];
+    states[segment * N * N] = running;
+    running = decay * running + added;
   }
 }
 
@@ -677,20 +640,32 @@ struct alignas(16) BackwardShared {
     unsigned char r[BLOCK_BYTES], k[BLOCK_BYTES], log_w[slice_bytes<W>], state[4][BLOCK_BYTES];
   } inputs[WARPS];
   struct alignas(16) Sheets {
-    Sheet gy, v;
-    unsigned char scores[BLOCK_BYTES];
+    unsigned char gy[4][BLOCK_BYTES], v[4][BLOCK_BYTES], scores[BLOCK_BYTES];
   } sheets[3];
   struct alignas(16) Exchange {
     unsigned char G[WARPS][4][BLOCK_BYTES];  // [keys][values]: tiled blocks
     unsigned char kh[WARPS][BLOCK_BYTES];    // tiled blocks [key, token]
   } exchange[2];
-  unsigned char scratch[WARPS][2][BLOCK_BYTES];
-  struct alignas(16) Rows {  // for registers that would be short otherwise; float2: of channels row and row + 8
-    float gA_tt[L];
-    float2 pass[8], u[8];
-    uint32_t clamped[32];  // by lane
-  } rows[WARPS];
+  // Of a warp, mostly to save registers. A float2 is of channels row and row + 8.
+  struct alignas(16) Scratch {
+    union {
+      struct {
+        unsigned char gA[BLOCK_BYTES];  // tiled
+        float gA_tt[L];
+        float2 pass[8];        // D sum_j S[,j] G[,j]
+        uint32_t clamped[32];  // by lane
+      };
+      unsigned char out[2][BLOCK_BYTES];  // blocks on their way to global memory
+    };
+    float2 u[8], gu[32];  // gu by lane
+  } scratch[WARPS];
 };
+
+// Four blocks of either kernel, each with 1 KB for the system, must fit into the 228 KB of sm_90.
+template <class Shared>
+constexpr bool four_fit = 4 * (sizeof(Shared) + 1024) <= 228 * 1024;
+static_assert(four_fit<ForwardShared<bf16>> && four_fit<ForwardShared<float>>, "the forward kernel's shared memory");
+static_assert(four_fit<BackwardShared<bf16>> && four_fit<BackwardShared<float>>, "the backward kernel's shared memory");
 
 // From [channel, token] to [token, channel]: register 2 n + j of the result holds channels 4 (lane % 4) + 2 j and the next of
 // token row + 8 n, 8 neighbouring bytes of global memory. Rows of the 8x8 matrices of the last eight channels are swapped in
@@ -710,11 +685,11 @@ DEVICE void write_pairs(bf16* to, uint32_t first, uint32_t second) {  // in one 
   *reinterpret_cast<uint64_t*>(to) = first | uint64_t(second) << 32;
 }
 // The same for floats: four channels of token row + 8 n. Meets banks twice at most.
-DEVICE float4 transposed_half(const Tile& t, int n, unsigned char* scratch, int lane) {
+DEVICE float4 transposed_half(const Half& x, unsigned char* scratch, int lane) {
   float(*const tokens)[20] = reinterpret_cast<float(*)[20]>(scratch);  // 8 tokens, 16 channels and padding
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < 4; i++) tokens[col_of(lane) + i % 2][row_of(lane) + i / 2 * 8] = t.c[n][i];
+  for (int i = 0; i < 4; i++) tokens[col_of(lane) + i % 2][row_of(lane) + i / 2 * 8] = x.c[i];
   __syncwarp();
   return *reinterpret_cast<const float4*>(&tokens[row_of(lane)][2 * col_of(lane)]);
 }
@@ -737,18 +712,18 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
   for_each_of_keys(G, warp, lane, [&](float& x, int i) {
     x = final_grads ? final_grads[batch_head_segment(shape) * N * N + i] : 0.f;
   });
-  auto& rows = shared.rows[warp];
+  auto& scratch = shared.scratch[warp];
   const float* const u_row = u + batch_head() % shape.H * N + 16 * warp + row;
-  if (lane % 4 == 0) rows.u[row] = make_float2(u_row[0], u_row[8]);
-  float gu_sum[2] = {};
+  if (lane % 4 == 0) scratch.u[row] = make_float2(u_row[0], u_row[8]);
+  scratch.gu[lane] = make_float2(0.f, 0.f);
 
   const int64_t step = int64_t(L) * place.stride;
-  int64_t here = place.start + (place.end - 1) * step;
+  int64_t here = place.start + (place.end - 1) * step + 16 * warp;
   const Checkpoint* kept = checkpoints + batch_head() * shape.chunks() + place.end - 1;
-  // `back` chunks before the one at `here`
+  // of the chunk `back` before this one
   auto copy_inputs = [&](int chunk, int back) {
     if (chunk - back >= place.chunk) {
-      const int64_t from = here - back * step + 16 * warp;
+      const int64_t from = here - back * step;
       const int tokens = shape.T - (chunk - back) * L;
       copy_slice(inputs.r, r + from, place.stride, tokens, lane);
       copy_slice(inputs.k, k + from, place.stride, tokens, lane);
@@ -763,8 +738,8 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
       const int64_t from = here - back * step;
       const int tokens = shape.T - (chunk - back) * L;
       auto& to = shared.sheets[slot];
-      copy_sheet(to.gy, gy + from, place.stride, tokens, threadIdx.x);
-      copy_sheet(to.v, v + from, place.stride, tokens, threadIdx.x);
+      copy_slice(to.gy[warp], gy + from, place.stride, tokens, lane);
+      copy_slice(to.v[warp], v + from, place.stride, tokens, lane);
       if (warp == 0) cp_async_16(to.scores + 16 * lane, kept[-back].scores + 16 * lane);
     }
     cp_async_commit();
@@ -779,18 +754,17 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
   for (int chunk = place.end - 1; chunk >= place.chunk; chunk--) {
     const auto& sheets = shared.sheets[slot];
     auto& exchange = shared.exchange[chunk % 2];
-    auto& scratch = shared.scratch[warp];
     cp_async_wait<1>();
     __syncwarp();
 
     // products with the states: [s, t] of gA, [key, token] of gr and gk, [key, key] of S G^T
-    Tile gA_by_s{}, gr_now{}, gk_now{}, S_G{};
+    Tile gA{}, gr_now{}, gk_now{}, S_G{};
 #pragma unroll
     for (int q = 0; q < 4; q++) {
       const Block gy_q = load_slice<SECOND>(sheets.gy[q], lane), v_q = load_slice<FIRST>(sheets.v[q], lane),
                   S_q = load_tiled_transposed<FIRST>(inputs.state[q], lane), G_q = rounded(G[q]);
-      store_tiled(exchange.G[warp][q], G_q, lane);
-      add_product(gA_by_s, v_q, gy_q);
+      store_tiled<SECOND>(exchange.G[warp][q], G_q, lane);
+      add_product(gA, v_q, gy_q);
       add_product(gr_now, S_q, gy_q);
       add_product_by_halves(gk_now, G_q, v_q);
       add_product_by_halves(S_G, S_q, G_q);
@@ -801,120 +775,123 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     __syncwarp();
     copy_inputs(chunk, 1);
 
-    rows.clamped[lane] = w.at_bound();
-
-    // gA for s < t, and its diagonal
-    auto later = [&](int n, int i) { return col + i % 2 > row ? gA_by_s.c[n][i] : 0.f; };
-    store_tiled(scratch[0],
-                Block{{pack_bf16(later(0, 0), later(0, 1)), 0, pack_bf16(gA_by_s.c[1][0], gA_by_s.c[1][1]),
+    // gA for s < t, its diagonal, and that of S G^T, into `scratch`
+    auto later = [&](int n, int i) { return col + i % 2 > row ? gA.half[n].c[i] : 0.f; };
+    store_tiled<SECOND>(scratch.gA,
+                Block{{pack_bf16(later(0, 0), later(0, 1)), 0, pack_bf16(gA.half[1].c[0], gA.half[1].c[1]),
                        pack_bf16(later(1, 2), later(1, 3))}},
                 lane);
+    scratch.clamped[lane] = w.at_bound();
     const Decays<W> decays(ranges, w);
     const float D[2] = {ex2(decays.whole[0]), ex2(decays.whole[1])};
-    if (lane % 4 == row / 2) {  // this lane holds elements (row, row) and (row + 8, row + 8)
-      auto diagonal = [&](const Tile& t, int h) { return row % 2 ? t.c[h][2 * h + 1] : t.c[h][2 * h]; };
-      rows.gA_tt[row] = diagonal(gA_by_s, 0), rows.gA_tt[row + 8] = diagonal(gA_by_s, 1);
-      rows.pass[row] = make_float2(D[0] * diagonal(S_G, 0), D[1] * diagonal(S_G, 1));
+    if (lane % 4 == row / 2) {  // the lane of elements (row, row) and (row + 8, row + 8)
+      auto diagonal = [&](const Tile& t, int h) { return row % 2 ? t.half[h].c[2 * h + 1] : t.half[h].c[2 * h]; };
+      scratch.gA_tt[row] = diagonal(gA, 0);
+      scratch.gA_tt[row + 8] = diagonal(gA, 1);
+      scratch.pass[row] = make_float2(D[0] * diagonal(S_G, 0), D[1] * diagonal(S_G, 1));
     }
     __syncwarp();
 
     // through the states
-    const Tile to_rt = decays.to_rt();
+    const Tile to_rt{{decays.to_rt(0), decays.to_rt(1)}};
     gr_now = times(gr_now, to_rt);
-    update(G, D, scaled(r_now, to_rt), sheets.gy, lane);
-    const Tile to_kh = decays.to_kh();
-    store_tiled(exchange.kh[warp], scaled(k_now, to_kh), lane);
+    const Tile to_kh{{decays.to_kh(0), decays.to_kh(1)}};
     gk_now = times(gk_now, to_kh);
+    store_tiled<FIRST>(exchange.kh[warp], scaled(k_now, to_kh), lane);
+    update(G, D, scaled(r_now, to_rt), sheets.gy, lane);
 
-    // through A, half a chunk at a time: its tokens as s, with kk, and as t, with near and far
+    // through A, half a chunk at a time: its tokens as s, with kk, and as t, with near and far. gA_st and gA_ts are 8x8
+    // matrices of gA, [s, t] and transposed.
     auto gA_st = [&](int s_half, int t_half) {
-      return *reinterpret_cast<const uint32_t*>(scratch[0] + 128 * (s_half + 2 * t_half) + 4 * lane);
+      return *reinterpret_cast<const uint32_t*>(scratch.gA + 128 * (s_half + 2 * t_half) + 4 * lane);
     };
     auto gA_ts = [&](int t_half, int s_half) {
       uint32_t x;
-      ldmatrix_trans<1>(&x, scratch[0] + 128 * (s_half + 2 * t_half) + 16 * (lane & 7));
+      ldmatrix_trans<1>(&x, scratch.gA + 128 * (s_half + 2 * t_half) + 16 * (lane & 7));
       return x;
     };
-    Block kk, near, far, gr_rounded, gk_rounded, k_gk;
-    Tile g_log_w_now, r_gr = times(floats(r_now), gr_now);  // r times its gradient less k times its gradient through A
+    Block kk, near, far, k_gk, gr_rounded, gk_rounded;
+    Tile g_log_w_now, r_gr;  // r_gr: r times its gradient less k times its gradient through A
+    set_rounded(k_gk, 0, times(floats(k_now, 0), gk_now.half[0]));
+    set_rounded(k_gk, 1, times(floats(k_now, 1), gk_now.half[1]));
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       const Half r_half = floats(r_now, n), k_half = floats(k_now, n), to_kk = decays.to_kk(n);
-      round_into(kk, n, times(k_half, to_kk));
-      round_into(k_gk, n, times(k_half, half(gk_now, n)));
-      if (n == 0) {  // the second half's t with the first half's s
+      set_rounded(kk, n, times(k_half, to_kk));
+      if (n == 0) {  // t in the second half, s in the first
+        r_gr = Tile{{times(r_half, gr_now.half[0]), times(floats(r_now, 1), gr_now.half[1])}};
         const Half to_far = decays.to_far();
-        round_into(far, 1, times(floats(r_now, 1), to_far));
+        set_rounded(far, 1, times(floats(r_now, 1), to_far));
         Half sum{};
         mma_bf16_k8(sum.c, kk.x, gA_ts(1, 0));
-        add_product_of(gr_now.c[1], to_far, sum);
-        add_product_of(r_gr.c[1], floats(far, 1), sum);
+        gr_now.half[1] = plus_product(gr_now.half[1], to_far, sum);
+        r_gr.half[1] = plus_product(r_gr.half[1], floats(far, 1), sum);
       }
       const Half to_near = decays.to_near(n);
-      round_into(near, n, times(r_half, to_near));
-      Half t_sum{}, s_sum{};
-      mma_bf16_k8(t_sum.c, kk.x + 2 * n, gA_ts(n, n));
-      mma_bf16_k8(s_sum.c, near.x + 2 * n, gA_st(n, n));
-      if (n == 0) mma_bf16_k8(s_sum.c, far.x + 2, gA_st(0, 1));
-      add_product_of(gr_now.c[n], to_near, t_sum);
-      add_product_of(r_gr.c[n], floats(near, n), t_sum);
-      add_product_of(gk_now.c[n], to_kk, s_sum);
-      const Half kk_gk = times(floats(kk, n), s_sum);
-      const float2 gA_tt = *reinterpret_cast<const float2*>(&rows.gA_tt[8 * n + col]), pass = rows.pass[row],
-                   u_row = rows.u[row];
+      set_rounded(near, n, times(r_half, to_near));
+      Half sum_over_s{}, sum_over_t{};
+      mma_bf16_k8(sum_over_s.c, kk.x + 2 * n, gA_ts(n, n));
+      mma_bf16_k8(sum_over_t.c, near.x + 2 * n, gA_st(n, n));
+      if (n == 0) mma_bf16_k8(sum_over_t.c, far.x + 2, gA_st(0, 1));
+      gr_now.half[n] = plus_product(gr_now.half[n], to_near, sum_over_s);
+      gk_now.half[n] = plus_product(gk_now.half[n], to_kk, sum_over_t);
+      r_gr.half[n] = plus_product(r_gr.half[n], floats(near, n), sum_over_s);
+      const Half kk_gk = times(floats(kk, n), sum_over_t);
+      float2 gu_now = scratch.gu[lane];
+      const float2 gA_tt = *reinterpret_cast<const float2*>(&scratch.gA_tt[8 * n + col]), pass = scratch.pass[row],
+                   u_row = scratch.u[row];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int h = i / 2;
-        const float gA = i % 2 ? gA_tt.y : gA_tt.x, u_gA = (h ? u_row.y : u_row.x) * gA;
-        gr_now.c[n][i] += u_gA * k_half.c[i];
-        gk_now.c[n][i] += u_gA * r_half.c[i];
-        gu_sum[h] += r_half.c[i] * (k_half.c[i] * gA);
-        r_gr.c[n][i] -= kk_gk.c[i];
-        g_log_w_now.c[n][i] = (h ? pass.y : pass.x) - kk_gk.c[i];
+        const float gA_now = i % 2 ? gA_tt.y : gA_tt.x, u_gA = (h ? u_row.y : u_row.x) * gA_now;
+        gr_now.half[n].c[i] += u_gA * k_half.c[i];
+        gk_now.half[n].c[i] += u_gA * r_half.c[i];
+        (h ? gu_now.y : gu_now.x) += r_half.c[i] * (k_half.c[i] * gA_now);
+        r_gr.half[n].c[i] -= kk_gk.c[i];
+        g_log_w_now.half[n].c[i] = (h ? pass.y : pass.x) - kk_gk.c[i];
       }
-      round_into(gr_rounded, n, half(gr_now, n));
-      round_into(gk_rounded, n, half(gk_now, n));
+      scratch.gu[lane] = gu_now;
+      set_rounded(gr_rounded, n, gr_now.half[n]);
+      set_rounded(gk_rounded, n, gk_now.half[n]);
     }
 
-    // sums over later tokens of r_gr, in two bf16 as it cancels, and over earlier ones of k_gk
-    const Block r_gr_high = rounded(r_gr),
-                r_gr_low = rounded(each([](float x, float high) { return x - high; }, r_gr, floats(r_gr_high)));
-    // [t, s] of s > t and s < t; registers h + 2 n
+    // Sums of r_gr over later tokens, of k_gk over earlier ones: products with 0 and 1 again. r_gr cancels, so in two bf16.
+    const Block r_gr_high = rounded(r_gr);
+    auto rest = [&](int n) { return each([&](int i) { return r_gr.half[n].c[i] - floats(r_gr_high, n).c[i]; }); };
+    const Block r_gr_low = rounded(Tile{{rest(0), rest(1)}});
     const uint32_t after = ranges.upto ^ ONES;
-    mma_bf16(g_log_w_now.c[0], r_gr_high.x, after, ONES);
-    mma_bf16(g_log_w_now.c[0], r_gr_low.x, after, ONES);
-    mma_bf16_k8(g_log_w_now.c[0], k_gk.x, ranges.before);
-    mma_bf16_k8(g_log_w_now.c[1], r_gr_high.x + 2, after);
-    mma_bf16_k8(g_log_w_now.c[1], r_gr_low.x + 2, after);
-    mma_bf16(g_log_w_now.c[1], k_gk.x, ONES, ranges.before);
-    if (const uint32_t clamped = rows.clamped[lane]) {
+    Half &first = g_log_w_now.half[0], &second = g_log_w_now.half[1];
+    mma_bf16(first.c, r_gr_high.x, after, ONES);
+    mma_bf16(first.c, r_gr_low.x, after, ONES);
+    mma_bf16_k8(first.c, k_gk.x, ranges.before);
+    mma_bf16_k8(second.c, r_gr_high.x + 2, after);
+    mma_bf16_k8(second.c, r_gr_low.x + 2, after);
+    mma_bf16(second.c, k_gk.x, ONES, ranges.before);
+    if (const uint32_t clamped = scratch.clamped[lane]) {
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-          if (clamped >> (15 + 16 * e - i) & 1) g_log_w_now.c[i / 2][i % 2 * 2 + e] = 0.f;
+      for (int i = 0; i < 8; i++)
+        if (clamped >> (15 + 16 * (i % 2) - i / 2) & 1) g_log_w_now.half[i / 4].c[i % 4] = 0.f;
     }
 
     const int tokens = shape.T - chunk * L;
-    const int64_t keys_here = here + 16 * warp;
     __syncwarp();
-    store_for_transposition(scratch[0], gr_rounded, lane);
-    store_for_transposition(scratch[1], gk_rounded, lane);
+    store_for_transposition(scratch.out[0], gr_rounded, lane);
+    store_for_transposition(scratch.out[1], gk_rounded, lane);
     __syncwarp();
-    const Block gr_out = load_for_output(scratch[0], lane), gk_out = load_for_output(scratch[1], lane);
+    const Block gr_out = load_for_output(scratch.out[0], lane), gk_out = load_for_output(scratch.out[1], lane);
     [[maybe_unused]] Block g_log_w_out;
     if constexpr (sizeof(W) == 2) {
       __syncwarp();
-      store_for_transposition(scratch[0], rounded(g_log_w_now), lane);
+      store_for_transposition(scratch.out[0], rounded(g_log_w_now), lane);
       __syncwarp();
-      g_log_w_out = load_for_output(scratch[0], lane);
+      g_log_w_out = load_for_output(scratch.out[0], lane);
     }
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       [[maybe_unused]] float4 g_log_w_floats;
-      if constexpr (sizeof(W) == 4) g_log_w_floats = transposed_half(g_log_w_now, n, scratch[0], lane);
+      if constexpr (sizeof(W) == 4) g_log_w_floats = transposed_half(g_log_w_now.half[n], scratch.out[0], lane);
       if (row + 8 * n < tokens) {
-        const int64_t at = keys_here + (row * place.stride + 2 * col) + n * 8 * int64_t(place.stride);
+        const int64_t at = here + (row * place.stride + 2 * col) + n * 8 * int64_t(place.stride);
         write_pairs(gr + at, gr_out.x[2 * n], gr_out.x[2 * n + 1]);
         write_pairs(gk + at, gk_out.x[2 * n], gk_out.x[2 * n + 1]);
         if constexpr (sizeof(W) == 2) write_pairs(g_log_w + at, g_log_w_out.x[2 * n], g_log_w_out.x[2 * n + 1]);
@@ -934,21 +911,24 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                   load_tiled_transposed<SECOND>(exchange.G[q][warp], lane));
     add_product(gv_now, load_tiled_transposed<FIRST>(sheets.scores, lane),
                 load_slice_transposed<SECOND>(sheets.gy[warp], lane));
-    write_slice(gv + keys_here, rounded(gv_now), place.stride, tokens, scratch[0], lane);
+    write_slice(gv + here, rounded(gv_now), place.stride, tokens, scratch.out[0], lane);
 
     here -= step;
     kept--;
     slot = slot < 2 ? slot + 1 : 0;
   }
 
+  const int lane_again = lane_index();
   if (g_state && place.chunk == 0)
-    for_each_of_keys(G, warp, lane, [&](float& x, int i) { g_state[batch_head() * N * N + i] = x; });
+    for_each_of_keys(G, warp, lane_again, [&](float& x, int i) { g_state[batch_head() * N * N + i] = x; });
+  float* const gu_row = gu + batch_head_segment(shape) * N + 16 * warp + row_of(lane_again);
+  float2 sum = scratch.gu[lane_again];
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    gu_sum[h] += __shfl_xor_sync(0xffffffffu, gu_sum[h], 1);
-    gu_sum[h] += __shfl_xor_sync(0xffffffffu, gu_sum[h], 2);
-    if (col == 0) gu[batch_head_segment(shape) * N + 16 * warp + row + 8 * h] = gu_sum[h];
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, bit);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, bit);
   }
+  if (lane_again % 4 == 0) gu_row[0] = sum.x, gu_row[8] = sum.y;
 }
 
 // (B, H, segments, 64) to (B, H, 64)
@@ -962,6 +942,11 @@ __global__ void sum_segments(int segments, const float* parts, float* gu) {
 
 constexpr int invalid_value = 1;  // cudaErrorInvalidValue
 
+static bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  return true;
+}
 static bool valid(int w_dtype, int64_t B, int64_t T, int64_t H, int segments) {
   return (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 && T <= INT32_MAX - L && segments > 0 &&
          segments <= 65535 && segments <= (T + L - 1) / L && H <= 1 << 18 && B <= INT32_MAX / H;
@@ -974,49 +959,55 @@ struct Scratch {
       : states(static_cast<float*>(memory)), decays(states + blocks * N * N), gu(decays + blocks * N) {}
 };
 
+static dim3 grid_of(const Shape& shape, int64_t BH) {
+  return dim3(static_cast<unsigned>(BH), static_cast<unsigned>(shape.segments));
+}
+
+// scratch.states: what each segment starts from (in reverse: ends with, for G), where the whole starts from `first`.
+template <class W, bool reverse>
+static int start_segments(Shape shape, int64_t BH, const bf16* x, const bf16* z, const W* log_w, const float* first,
+                          const Scratch& scratch, void* stream) {
+  const int error = launch(segment_states<W, reverse>, grid_of(shape, BH), dim3(THREADS), sizeof(SegmentShared<W>), stream,
+                           shape, x, z, log_w, scratch.states, scratch.decays);
+  if (error) return error;
+  return launch(chain_segments<reverse>, dim3(static_cast<unsigned>(BH), N * N / 256), dim3(256), 0, stream, shape.segments,
+                first, scratch.states, scratch.decays);
+}
+
 template <class W>
 static int forward(Shape shape, int64_t BH, const bf16* r, const bf16* k, const bf16* v, const W* log_w, const float* u,
                    const float* state, bf16* y, float* final_state, Checkpoint* checkpoints, void* memory, void* stream) {
-  const dim3 grid(static_cast<unsigned>(BH), shape.segments), block(THREADS);
   if (shape.segments > 1) {
     const Scratch scratch(memory, BH * shape.segments);
-    int error = launch(segment_states<W, false>, grid, block, sizeof(SegmentShared<W>), stream, shape, k, v, log_w,
-                       scratch.states, scratch.decays);
-    if (error) return error;
-    error = launch(chain_segments<false>, dim3(static_cast<unsigned>(BH)), dim3(256), 0, stream, shape.segments, state,
-                   scratch.states, scratch.decays);
+    const int error = start_segments<W, false>(shape, BH, k, v, log_w, state, scratch, stream);
     if (error) return error;
     state = scratch.states;
   }
-  return launch(chunk_forward<W>, grid, block, sizeof(ForwardShared<W>), stream, shape, r, k, v, log_w, u, state, y,
-                final_state, checkpoints);
+  return launch(chunk_forward<W>, grid_of(shape, BH), dim3(THREADS), sizeof(ForwardShared<W>), stream, shape, r, k, v, log_w,
+                u, state, y, final_state, checkpoints);
 }
 
 template <class W>
 static int backward(Shape shape, int64_t BH, const bf16* r, const bf16* k, const bf16* v, const W* log_w, const float* u,
                     const Checkpoint* checkpoints, const bf16* gy, const float* g_final, bf16* gr, bf16* gk, bf16* gv,
                     W* g_log_w, float* gu, float* g_state, void* memory, void* stream) {
-  const dim3 grid(static_cast<unsigned>(BH), shape.segments), block(THREADS);
-  float* gu_parts = gu;
-  if (shape.segments > 1) {
-    const Scratch scratch(memory, BH * shape.segments);
-    int error = launch(segment_states<W, true>, grid, block, sizeof(SegmentShared<W>), stream, shape, r, gy, log_w,
-                       scratch.states, scratch.decays);
-    if (error) return error;
-    error = launch(chain_segments<true>, dim3(static_cast<unsigned>(BH)), dim3(256), 0, stream, shape.segments, g_final,
-                   scratch.states, scratch.decays);
+  const Scratch scratch(memory, BH * shape.segments);
+  const bool segmented = shape.segments > 1;
+  if (segmented) {
+    const int error = start_segments<W, true>(shape, BH, r, gy, log_w, g_final, scratch, stream);
     if (error) return error;
     g_final = scratch.states;
-    gu_parts = scratch.gu;
   }
-  const int error = launch(chunk_backward<W>, grid, block, sizeof(BackwardShared<W>), stream, shape, r, k, v, log_w, u,
-                           checkpoints, gy, g_final, gr, gk, gv, g_log_w, gu_parts, g_state);
-  if (error || shape.segments == 1) return error;
-  return launch(sum_segments, dim3(static_cast<unsigned>(BH)), dim3(N), 0, stream, shape.segments, gu_parts, gu);
+  const int error = launch(chunk_backward<W>, grid_of(shape, BH), dim3(THREADS), sizeof(BackwardShared<W>), stream, shape, r,
+                           k, v, log_w, u, checkpoints, gy, g_final, gr, gk, gv, g_log_w, segmented ? scratch.gu : gu,
+                           g_state);
+  if (error || !segmented) return error;
+  return launch(sum_segments, dim3(static_cast<unsigned>(BH)), dim3(N), 0, stream, shape.segments, scratch.gu, gu);
 }
 
-// The C interface: device pointers, aligned to 16 bytes; w_dtype, the dtype of log_w and its gradient, a code of device.cuh;
-// a stream. Returns a CUDA error code, 0 for success. `segments`: 1 to ceil(T / 16), the same value need not be used twice.
+// The C interface: device pointers, the tensors and checkpoints aligned to 16 bytes; w_dtype, the dtype of log_w and its
+// gradient, a code of device.cuh; a stream. Returns a CUDA error code, 0 for success. `segments`: 1 to ceil(T / 16) and at
+// most 65535; forward and backward need not take the same.
 
 extern "C" int64_t wkv6_chunk_checkpoint_bytes(int64_t B, int64_t T, int64_t H) {
   return B * H * ((T + L - 1) / L) * static_cast<int64_t>(sizeof(Checkpoint));
@@ -1027,8 +1018,8 @@ extern "C" int64_t wkv6_chunk_scratch_bytes(int64_t B, int64_t H, int segments) 
   return segments == 1 ? 0 : B * H * segments * static_cast<int64_t>((N * N + 2 * N) * sizeof(float));
 }
 
-// Four blocks fit on a multiprocessor, and one alone cannot keep it busy. A segment costs another pass over three of its
-// tensors and should have work to show for it.
+// A good number of segments: one where there are two blocks a multiprocessor anyway, else so many that there are, but none
+// below 256 tokens, as segments cost another pass over three of the tensors.
 extern "C" int wkv6_chunk_segments(int64_t B, int64_t T, int64_t H, int multiprocessors) {
   const int64_t wanted = 2 * int64_t(multiprocessors), blocks = B * H, longest = T / (16 * L);
   const int64_t segments = (wanted + blocks - 1) / blocks;
@@ -1039,11 +1030,11 @@ extern "C" int wkv6_chunk_forward(int w_dtype, int64_t B, int64_t T, int64_t H, 
                                   const void* log_w, const float* u, const float* state /* or null: zeros */, void* y,
                                   float* final_state, void* checkpoints /* or null: no backward pass */, void* scratch,
                                   int segments, void* stream) {
-  if (!valid(w_dtype, B, T, H, segments)) return invalid_value;
+  if (!valid(w_dtype, B, T, H, segments) || !aligned({r, k, v, log_w, y, checkpoints})) return invalid_value;
   const Shape shape{static_cast<int>(T), static_cast<int>(H), segments};
   auto run = [&](auto* w) {
-    return forward(shape, B * H, static_cast<const bf16*>(r), static_cast<const bf16*>(k), static_cast<const bf16*>(v), w, u,
-                   state, static_cast<bf16*>(y), final_state, static_cast<Checkpoint*>(checkpoints), scratch, stream);
+    return forward(shape, B * H, static_cast<const bf16*>(r), static_cast<const bf16*>(k), static_cast<const bf16*>(v), w,
+                   u, state, static_cast<bf16*>(y), final_state, static_cast<Checkpoint*>(checkpoints), scratch, stream);
   };
   return w_dtype == BFLOAT16 ? run(static_cast<const bf16*>(log_w)) : run(static_cast<const float*>(log_w));
 }
@@ -1053,12 +1044,14 @@ extern "C" int wkv6_chunk_backward(int w_dtype, int64_t B, int64_t T, int64_t H,
                                    const float* g_final /* or null: zeros */, void* gr, void* gk, void* gv, void* g_log_w,
                                    float* gu, float* g_state /* or null: not wanted */, void* scratch, int segments,
                                    void* stream) {
-  if (!valid(w_dtype, B, T, H, segments)) return invalid_value;
+  if (!valid(w_dtype, B, T, H, segments) || !aligned({r, k, v, log_w, checkpoints, gy, gr, gk, gv, g_log_w}))
+    return invalid_value;
   const Shape shape{static_cast<int>(T), static_cast<int>(H), segments};
   auto run = [&](auto* w, auto* gw) {
-    return backward(shape, B * H, static_cast<const bf16*>(r), static_cast<const bf16*>(k), static_cast<const bf16*>(v), w, u,
-                    static_cast<const Checkpoint*>(checkpoints), static_cast<const bf16*>(gy), g_final,
-                    static_cast<bf16*>(gr), static_cast<bf16*>(gk), static_cast<bf16*>(gv), gw, gu, g_state, scratch, stream);
+    return backward(shape, B * H, static_cast<const bf16*>(r), static_cast<const bf16*>(k), static_cast<const bf16*>(v), w,
+                    u, static_cast<const Checkpoint*>(checkpoints), static_cast<const bf16*>(gy), g_final,
+                    static_cast<bf16*>(gr), static_cast<bf16*>(gk), static_cast<bf16*>(gv), gw, gu, g_state, scratch,
+                    stream);
   };
   return w_dtype == BFLOAT16 ? run(static_cast<const bf16*>(log_w), static_cast<bf16*>(g_log_w))
                              : run(static_cast<const float*>(log_w), static_cast<float*>(g_log_w));

@@ -201,6 +201,11 @@ def test_what_the_kernels_cannot_do_is_refused(kernel):
     assert all(run(*sizes) == 1 for sizes in [(2, 1, 33, 1, 1), (1, 0, 33, 1, 1), (1, 1, 0, 1, 1), (1, 1, 33, 0, 1)])
     assert run(1, 1, 33, 1, 4) == 1 and run(1, 1, 33, 1, 0) == 1  # three chunks
     assert run(1, 1, 2**31, 1, 1) == 1 and run(1, 2**20, 16, 2**12, 1) == 1
+    inputs, gy, g_final = make_inputs(1, 16, 1)
+    _, checkpoints = kernel.forward(*inputs)
+    shifted = torch.cat([gy.new_zeros(1), gy.flatten()])[1:].view_as(gy)  # 2 bytes off the 16 that copies need
+    pointers = [*map(pointer, (*inputs[:5], checkpoints, shifted, g_final)), *[None] * 7]
+    assert kernel.lib.wkv6_chunk_backward(*kernel.head(gy, inputs[3]), *pointers, 1, None) == 1
 
 
 @pytest.mark.parametrize("B, T, H", [(8, 4096, 64), (1, 4096, 64), (1, 4096, 1), (1, 17, 1), (32, 512, 32), (1, 10**6, 2)])
