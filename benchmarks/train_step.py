@@ -79,6 +79,9 @@ def measure(args: argparse.Namespace) -> dict:
 
     base = peak_bytes(args.device)
     step()
+    if args.profile:
+        profile_step(step, args.device)
+        sys.exit()
     times = []
     for _ in range(args.repeats):
         began = time.perf_counter()
@@ -92,14 +95,40 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
+
+
+def profile_step(step, device: str) -> None:
+    """Print where one step's time goes: matrix products, WKV6, and the largest of the rest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        name = event.key
+        kind = "matrix products" if name in PRODUCTS or "gemm" in name else "WKV6" if "wkv6" in name else name
+        times[kind] = times.get(kind, 0) + own
+    total = sum(times.values())
+    share = (times["matrix products"] + times["WKV6"]) / total
+    print(f"{share:.1%} of {total / 1e6:.2f} s in matrix products and WKV6")
+    for name, time_ in sorted(times.items(), key=lambda item: -item[1])[:12]:
+        print(f"{time_ / total:7.1%}  {name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(n_layer=6, n_embd=512, vocab_size=16384, micro_bsz=2, ctx_len=512, r=64, repeats=3).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--grad_cp", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where the time of one step of ours goes, and end")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.profile:
+        args.variant = "ours"
     if args.variant:
         print(json.dumps(measure(args)))
         return

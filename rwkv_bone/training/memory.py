@@ -4,6 +4,7 @@
 """
 
 import copy
+import itertools
 import math
 import weakref
 from collections.abc import Iterable
@@ -180,18 +181,21 @@ def main() -> None:
     print("|---" * (3 + 2 * len(lengths)) + "|")
     for size, shape in WORLD.items():
         for peft, r in (("bone", 64), ("miss", 64), ("lora", 32), ("dora", 32), ("none", 0)):
-            cells: dict[str, list[str]] = {}
+            steps = []
+            for T, grad_cp in itertools.product(lengths, (False, True)):
+                config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
+                with FakeTensorMode():
+                    parts = estimate(world_model(*shape, peft, r, "none"), 1, T, config, cuda=True)
+                steps.append(sum(parts.values()) - parts["base weights"])
             for quant in BITS if peft != "none" else ("none",):
-                for T in lengths:
-                    for grad_cp in (False, True):
-                        config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
-                        with FakeTensorMode():
-                            parts = estimate(world_model(*shape, peft, r, quant), 1, T, config, cuda=True)
-                        total = sum(parts.values())
-                        cells.setdefault(quant, []).append(f"{total / 10**9:.1f}: {card_for(total)}")
-            for quant, row in cells.items():
+                with FakeTensorMode():
+                    model = world_model(*shape, peft, r, quant)
+                base = bytes_of(t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+                if quant != "none":  # one projection's weight at a time is made dense
+                    base += 2 * model.config.n_embd * model.config.dim_ffn
                 name = f"{peft}, r {r}" if r else peft
-                print(f"| {size} | {name} | {quant} | " + " | ".join(row) + " |", flush=True)
+                cells = " | ".join(f"{(base + step) / 10**9:.1f}: {card_for(base + step)}" for step in steps)
+                print(f"| {size} | {name} | {quant} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
