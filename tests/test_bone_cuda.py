@@ -7,7 +7,7 @@ import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, guarded, guarded_nan
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import bone_cuda, build, wkv6_cuda
+from rwkv_bone.ops import bone_cpu, bone_cuda, build, wkv6_cuda
 from rwkv_bone.peft.bone import BoneLinear, blocks, tile_into
 from rwkv_bone.peft.rounding import add_rounded_
 
@@ -33,6 +33,7 @@ def shim(shim_library, monkeypatch):
 
     monkeypatch.setattr(bone_cuda, "library", lambda device: shim_library)
     monkeypatch.setattr(bone_cuda, "fits", lambda x, g, out, r: x.dtype == BF16 and bone_cuda.sizes_fit(x.shape[1], out, r))
+    monkeypatch.setattr(bone_cpu, "fits", lambda *_: False)
     monkeypatch.setattr(wkv6_cuda, "run", run)
     return ran
 

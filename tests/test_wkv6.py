@@ -118,8 +118,8 @@ def test_any_number_of_threads_gives_the_same(form, threads, shape):
 
 def test_threads_of_our_own_do_the_same_as_torchs(monkeypatch):
     shape = (1, 300, 2, 8)
-    assert wkv6_cpu._torch_threads() is not None
-    monkeypatch.setattr(wkv6_cpu, "_torch_threads", lambda: None)
+    assert wkv6_cpu.torch_threads() is not None
+    monkeypatch.setattr(wkv6_cpu, "torch_threads", lambda: None)
     assert_close(run(wkv6_cpu.variants()[-1], *make_inputs("normal", *shape), threads=3), truth("normal", *shape), 1e-6)
 
 
@@ -280,10 +280,10 @@ def test_says_what_it_chose():
 
 def test_refuses_an_instruction_set_that_the_machine_lacks(monkeypatch):
     monkeypatch.setattr(wkv6_cpu, "variants", lambda: ["portable"])
-    wkv6_cpu._variant.cache_clear()
+    wkv6_cpu.variant_number.cache_clear()
     with pytest.raises(ValueError, match="has no avx512: choose among portable"):
         wkv6_cpu.forward(*make_inputs("normal", 1, 5, 1, 8)[0], False, "avx512")
-    wkv6_cpu._variant.cache_clear()
+    wkv6_cpu.variant_number.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ def fits(x: Tensor, g: Tensor | None, out: int, r: int) -> bool:
     """Whether the kernels take x (n, in), in backward g (n, out) too, both contiguous, and pieces of r."""
     return (
         x.is_cuda
+        and not torch.compiler.is_compiling()
         and x.dtype == torch.bfloat16
         and sizes_fit(x.shape[1], out, r)
         and not any(t.data_ptr() % 16 for t in (x, g) if t is not None)  # a view into the middle of something

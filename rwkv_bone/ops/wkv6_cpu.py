@@ -1,4 +1,4 @@
-"""The WKV6 CPU kernel of cuda/wkv6_cpu.cpp, built on first use and called through ctypes.
+"""The WKV6 CPU kernel of cuda/wkv6_cpu.cpp, built (with Bone's of cuda/bone_cpu.cpp) on first use and called through ctypes.
 
 `forward` and `backward` take contiguous CPU tensors whose shapes and dtypes `rwkv_bone.ops.wkv6` has checked.
 """
@@ -26,10 +26,11 @@ VARIANT_FLAGS = {
 
 def build_library(cache: Path | None = None) -> Path:
     cuda = build.source_dir()
-    source = cuda / "wkv6_cpu.cpp"
     variants = VARIANTS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
-    objects = [build.Object(source)]
-    objects += [build.Object(source, (f"-DWKV6_VARIANT={name}", *VARIANT_FLAGS[name])) for name in variants]
+    objects = []
+    for source, macro in ((cuda / "wkv6_cpu.cpp", "WKV6_VARIANT"), (cuda / "bone_cpu.cpp", "BONE_VARIANT")):
+        objects.append(build.Object(source))
+        objects += [build.Object(source, (f"-D{macro}={name}", *VARIANT_FLAGS[name])) for name in variants]
     return build.build(
         "wkv6_cpu", objects, build.cxx_compiler(),
         headers=[cuda / "wkv6_cpu.h", cuda / "wkv6_cpu_kernel.h"],
@@ -44,7 +45,11 @@ def library() -> ctypes.CDLL:
     head: list[Any] = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
     lib.wkv6_cpu_forward.argtypes = head + [ctypes.c_void_p] * 9
     lib.wkv6_cpu_backward.argtypes = head + [ctypes.c_void_p] * 14
-    lib.wkv6_cpu_forward.restype = lib.wkv6_cpu_backward.restype = None
+    head = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_int64] * 4]
+    lib.bone_cpu_forward.argtypes = head + [ctypes.c_void_p] * 4
+    lib.bone_cpu_backward.argtypes = head + [ctypes.c_void_p] * 5
+    for function in (lib.wkv6_cpu_forward, lib.wkv6_cpu_backward, lib.bone_cpu_forward, lib.bone_cpu_backward):
+        function.restype = None
     return lib
 
 
@@ -55,7 +60,7 @@ def variants() -> list[str]:
 
 
 @functools.cache
-def _torch_threads() -> int | None:
+def torch_threads() -> int | None:
     """The address of GOMP_parallel in the OpenMP that torch runs on: one pool of threads, not two that fight for cores.
 
     None where torch has another kind of threads; then the kernel starts its own.
@@ -68,7 +73,7 @@ def _torch_threads() -> int | None:
 
 
 @functools.cache
-def _variant(name: str | None) -> int:
+def variant_number(name: str | None) -> int:
     name = name or variants()[-1]
     if name not in variants():
         raise ValueError(f"this machine has no {name}: choose among {', '.join(variants())}")
@@ -95,7 +100,7 @@ def forward(
     final_state = u.new_empty(B, H, N, N)
     saved = u.new_empty(saved_shape(r) if save else 0)
     library().wkv6_cpu_forward(
-        _variant(variant), threads or torch.get_num_threads(), _torch_threads(),
+        variant_number(variant), threads or torch.get_num_threads(), torch_threads(),
         DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
         r.data_ptr(), k.data_ptr(), v.data_ptr(), log_w.data_ptr(), u.data_ptr(),
         None if state is None else state.data_ptr(),
@@ -113,7 +118,7 @@ def backward(
     gr, gk, gv, gw = torch.empty_like(r), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_w)
     gu, gstate = torch.empty_like(u), u.new_empty(B, H, N, N)
     library().wkv6_cpu_backward(
-        _variant(variant), threads or torch.get_num_threads(), _torch_threads(),
+        variant_number(variant), threads or torch.get_num_threads(), torch_threads(),
         DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
         r.data_ptr(), k.data_ptr(), v.data_ptr(), log_w.data_ptr(), u.data_ptr(), saved.data_ptr(),
         gy.data_ptr(), None if gfinal is None else gfinal.data_ptr(),

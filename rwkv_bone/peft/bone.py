@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import bone_cuda
+from ..ops import bone_cpu, bone_cuda
 from .adapter import AdapterLinear, ceil_div, dense
 from .rounding import add_rounded_
 
@@ -62,6 +62,8 @@ class BoneFunction(torch.autograd.Function):
         ctx.weight = weight
         in_, (m, r, _) = x.shape[1], bone.shape
         w = dense(weight)
+        if bone_cpu.fits(x, r):
+            return bone_cpu.forward(x, w, bone.to(x.dtype))
         transposed = bone.to(x.dtype).transpose(1, 2)
         y = x.new_empty(len(x), len(w))
         fused = bone_cuda.fits(x, None, len(w), r)
@@ -90,6 +92,9 @@ class BoneFunction(torch.autograd.Function):
         w = dense(ctx.weight)
         b = bone.to(x.dtype)
         wants_dx, _, wants_dbone = ctx.needs_input_grad
+        if bone_cpu.fits(x, r):
+            by_kernels = bone_cpu.backward(x, w, b, g, wants_dx)
+            return by_kernels[0], None, by_kernels[1]
         fused = bone_cuda.fits(x, g, len(w), r)
         dx = torch.empty_like(x) if wants_dx else None
         dbone = torch.zeros_like(bone) if wants_dbone else None
