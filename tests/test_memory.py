@@ -1,5 +1,7 @@
 """What training is said to take before it begins is what it takes; and what is promised not to be kept is not."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.quant import quantise_model
 from rwkv_bone.training.infctx import backward_in_chunks
 from rwkv_bone.training.loss import cross_entropy_sum
-from rwkv_bone.training.memory import bytes_of, estimate
+from rwkv_bone.training.memory import bytes_of, estimate, table_rows
 from rwkv_bone.training.optimiser import make_optimiser
 from tests.watch import peak_bytes
 
@@ -103,3 +105,10 @@ def test_frozen_weights_never_get_a_gradient():
     for name, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad == name.endswith(".bone"), name
     assert len(made) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_what_the_program_says():
+    doc = (Path(__file__).parents[1] / "docs" / "memory.md").read_text().splitlines()
+    rows = table_rows("1.6B", "bone", 64)
+    assert len(rows) == 3 and not set(rows) - set(doc)

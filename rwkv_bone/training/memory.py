@@ -175,27 +175,36 @@ def card_for(size: float) -> str:
     return f"{fitting[0]} GB" if fitting else "-"
 
 
+LENGTHS = (512, 2048, 8192)
+
+
+def table_rows(size: str, peft: str, r: int) -> list[str]:
+    """Of the table in docs/memory.md, the rows of a World model and a method, one for each kind of base weights."""
+    shape, steps = WORLD[size], []
+    for T, grad_cp in itertools.product(LENGTHS, (False, True)):
+        config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
+        with FakeTensorMode():
+            parts = estimate(world_model(*shape, peft, r, "none"), 1, T, config, cuda=True)
+        steps.append(sum(parts.values()) - parts["base weights"])
+    rows = []
+    for quant in BITS if peft != "none" else ("none",):
+        with FakeTensorMode():
+            model = world_model(*shape, peft, r, quant)
+        base = bytes_of(t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+        if quant != "none":  # one projection's weight at a time is made dense
+            base += 2 * model.config.n_embd * model.config.dim_ffn
+        name = f"{peft}, r {r}" if r else peft
+        cells = " | ".join(f"{(base + step) / 10**9:.1f}: {card_for(base + step)}" for step in steps)
+        rows.append(f"| {size} | {name} | {quant} | {cells} |")
+    return rows
+
+
 def main() -> None:
-    lengths = (512, 2048, 8192)
-    print("| model | `--peft` | `--quant` |" + "".join(f" {T} | {T}, `--grad_cp 1` |" for T in lengths))
-    print("|---" * (3 + 2 * len(lengths)) + "|")
-    for size, shape in WORLD.items():
+    print("| model | `--peft` | `--quant` |" + "".join(f" {T} | {T}, `--grad_cp 1` |" for T in LENGTHS))
+    print("|---" * (3 + 2 * len(LENGTHS)) + "|")
+    for size in WORLD:
         for peft, r in (("bone", 64), ("miss", 64), ("lora", 32), ("dora", 32), ("none", 0)):
-            steps = []
-            for T, grad_cp in itertools.product(lengths, (False, True)):
-                config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
-                with FakeTensorMode():
-                    parts = estimate(world_model(*shape, peft, r, "none"), 1, T, config, cuda=True)
-                steps.append(sum(parts.values()) - parts["base weights"])
-            for quant in BITS if peft != "none" else ("none",):
-                with FakeTensorMode():
-                    model = world_model(*shape, peft, r, quant)
-                base = bytes_of(t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
-                if quant != "none":  # one projection's weight at a time is made dense
-                    base += 2 * model.config.n_embd * model.config.dim_ffn
-                name = f"{peft}, r {r}" if r else peft
-                cells = " | ".join(f"{(base + step) / 10**9:.1f}: {card_for(base + step)}" for step in steps)
-                print(f"| {size} | {name} | {quant} | {cells} |", flush=True)
+            print("\n".join(table_rows(size, peft, r)), flush=True)
 
 
 if __name__ == "__main__":
