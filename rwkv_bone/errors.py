@@ -1,5 +1,7 @@
 """The one exception that means "the input is bad", not "the program is": shown as one line, exit code 2."""
 
+import os
+import select
 import signal
 import sys
 
@@ -18,15 +20,32 @@ class UserError(ValueError):
 def run(main) -> None:
     """Call `main()` for a command line: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    SIGTERM is an exit like any other, with code 143, so that files half written are removed.
+    SIGTERM is an exit like any other, with code 143, so that files half written are removed. Where nobody reads on
+    (`... | head -1`) the end is quiet, with the code 141 that a program killed by SIGPIPE has.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        try:
+            code = main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        finally:
+            sys.stdout.flush()  # the last lines, too, may find nobody
+    except BrokenPipeError:
+        if not any(map(unread, (1, 2))):  # another pipe: an error like any other
+            raise
+        for stream in (1, 2):  # what is still in their buffers is not tried again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        code = 128 + 13
     sys.exit(code)
+
+
+def unread(stream: int) -> bool:
+    """Whether the file descriptor `stream` is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)  # only what is always told: errors
+    return any(event & select.POLLERR for _, event in poll.poll(0))

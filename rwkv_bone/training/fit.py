@@ -192,6 +192,8 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
             raise
         what = f"after step {module.step} another device's process ended or cannot be reached"
         raise UserError(f"{what}; --resume auto goes on from what was saved") from error
+    except BrokenPipeError:  # what is printed, nobody reads
+        raise
     except OSError as error:  # a log that cannot be written
         raise UserError(f"{config.proj_dir}: cannot be written ({error.strerror or error}); --resume auto goes on") from error
     if not first:  # a launcher takes another device's code for a crash

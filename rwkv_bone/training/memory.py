@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import TrainConfig
+from ..errors import run
 from ..models.x060 import RWKV, ModelConfig
 from ..ops import wkv6_cpu, wkv6_cuda
 from ..peft import METHODS, inject
@@ -208,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
