@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.peft import METHODS, adapter_tensors, adapters, attach, describe, inject, merge, start_from_gradients
+from rwkv_bone.peft import METHODS, adapter_tensors, adapters, attach, inject, merge, start_from_gradients
 
 SHAPES = [(8, 12, 4), (10, 14, 4), (14, 9, 4), (64, 32, 16), (12, 16, 1)]  # out, in, r
 SHIFTED = ("pissa", "olora", "lora_ga")
@@ -362,9 +362,6 @@ def test_bone_at_the_sizes_of_the_papers_7b_trains_88_million():
             block["ffn"][key] = nn.Linear(in_, out, bias=False)
         inject(block, METHODS["bone"], METHODS["bone"].Config())
     assert 32 * sum(p.numel() for p in block.parameters() if p.requires_grad) == 88_080_384
-    assert describe(block) == (
-        "W'_ij = W_ij + W_ij B_j + B_j; r=64; 2,752,512 parameters on 8 projections of 218,103,808 (1.26%)"
-    )
 
 
 def test_a_small_step_away_from_a_shifted_start_survives_in_bf16():

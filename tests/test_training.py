@@ -8,6 +8,7 @@ import torch
 
 from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, save_tensors
 from rwkv_bone.errors import UserError, run
+from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world, run_to_end
 
@@ -33,7 +34,7 @@ def test_before_the_first_step_all_that_matters_is_printed(world, finished):
     out = finished
     base_size = sum(tensor.numel() for tensor in open_tensors(world / "base.pth").values())
     for text in (
-        f"{base_size:,} parameters",
+        f"vocabulary 257, {base_size:,} parameters",
         "2 layers, n_embd 32",
         "24 documents",
         "18 = 3 epochs of 6",
@@ -46,6 +47,36 @@ def test_before_the_first_step_all_that_matters_is_printed(world, finished):
     ):
         assert text in out, out
     assert "\r" not in out and "\x1b" not in out  # not a terminal: no control codes
+
+
+def test_the_device_line_names_what_was_chosen(world):
+    def line(*flags) -> str:
+        (found,) = [line for line in train(world, "--dry_run", *flags, name="dry").splitlines() if line.startswith("device ")]
+        return found
+
+    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 threads")
+    assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
+    assert "engine: ddp" in line("--devices", 2)
+
+
+@pytest.mark.parametrize("kind", ["bone", "quantised", "state", "none"])
+def test_the_share_that_trains_is_of_base_and_adapter_together(world, kind):
+    flags = {
+        "bone": [],
+        "quantised": ["--quant", "int8"],
+        "state": ["--train_type", "state", "--peft", "none"],
+        "none": ["--peft", "none"],
+    }[kind]
+    base = sum(tensor.numel() for tensor in open_tensors(world / "base.pth").values())
+    adapter = 2 * (8 * 32 * 7 + 8 * 64)  # 2 layers, r = 8; seven projections of 32 inputs, one of 64
+    beside = {"state": 2 * 4 * 8 * 8, "none": 0}.get(kind, adapter)
+    out = train(world, "--dry_run", *flags, name="dry")
+    assert f"vocabulary 257, {base:,} parameters\n" in out
+    if kind == "none":
+        assert f"trains     {base:,} parameters, 100.00% of {base:,}\n" in out
+        return
+    share = f"{100 * beside / (base + beside):.2f}% of {base + beside:,}: {base:,} of the base and {beside:,} beside it"
+    assert f"trains     {beside:,} parameters, {share}\n" in out
 
 
 def test_the_loss_falls_and_every_file_is_there(world, finished):

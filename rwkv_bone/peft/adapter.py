@@ -246,17 +246,6 @@ def merge(model: nn.Module) -> None:
         model.set_submodule(name, linear)
 
 
-def describe(model: nn.Module) -> str:
-    """The adapters of a model in one line: formula, options, and how much is trained."""
-    layers = list(adapters(model).values())
-    if not layers:
-        return "no adapter"
-    own = sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
-    base = sum(math.prod(layer.weight.shape) for layer in layers)
-    options = ", ".join(f"{f.name}={getattr(layers[0].config, f.name)}" for f in fields(layers[0].config))
-    return f"{layers[0].formula}; {options}; {own:,} parameters on {len(layers)} projections of {base:,} ({own / base:.2%})"
-
-
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file needs beside the base: the adapters' tensors and all else that is trained, by their full names."""
     of_adapters = {

@@ -1,6 +1,7 @@
 """From a model with its adapters, data and a configuration to a finished run: what is said before, the engine, resuming."""
 
 import logging
+import math
 import signal
 import warnings
 from pathlib import Path
@@ -11,7 +12,9 @@ from torch import nn
 from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV
+from ..ops import wkv6
 from ..peft import METHODS, adapters
+from ..peft.adapter import QuantisedWeight
 from . import resume
 from .engines import make_strategy
 from .memory import estimate, in_words
@@ -74,9 +77,12 @@ def name_of_part(path: list[str]) -> str:
 def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
     """All that a person wants to know before the first step."""
     c = model.config
-    total = sum(p.numel() for p in model.parameters())
+    quantised = [math.prod(m.shape) for m in model.modules() if isinstance(m, QuantisedWeight)]
+    total = sum(p.numel() for p in model.parameters()) + sum(quantised)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(p.numel() for a in adapters(model).values() for name, p in a.named_parameters() if name != "weight")
+    if config.train_type == "state":
+        added = trained
     steps = data.steps_per_epoch(world)
     device = device_type(config)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -92,11 +98,14 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
         lines.append(f"method     none: {what} trains")
     else:
         lines.append(f"method     {config.peft}: {METHODS[config.peft].formula}; {options_text(config)}")
-    lines.append(f"trains     {trained:,} parameters, {100 * trained / total:.2f}% of {total:,}")
+    of = "" if config.peft == "none" and not added else f": {total - added:,} of the base and {added:,} beside it"
+    lines.append(f"trains     {trained:,} parameters, {100 * trained / total:.2f}% of {total:,}{of}")  # as peft counts
     lines += [f"           {part:16} {n:4} tensors {size:14,}" for part, (n, size) in trained_by_part(model).items()]
     schedule = f"{config.lr_schedule}, {config.lr_init:g} to {config.lr_final:g}, {config.warmup_steps} warm-up steps"
     lines.append(f"rate       {schedule}")
-    lines.append(f"device     {world} x {name}, {precision(config)}, engine {config.strategy}, WKV6 kernel {config.op}")
+    engine = config.strategy if config.strategy != "auto" else "ddp" if world > 1 else "one process"
+    kernel = wkv6.describe(device, base_dtype(config), c.head_size, config.op)
+    lines.append(f"device     {world} x {name}, {precision(config)}, engine: {engine}, WKV6: {kernel}")
     parts = estimate(model, config.micro_bsz, data.longest_row(), config, world, device == "cuda")
     detail = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
     lines.append(f"memory     about {in_words(sum(parts.values()))} a device: {detail}")
