@@ -225,7 +225,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(gsm8k, model_file, 
     asked, pupil.asked, pupil.tired_after = pupil.asked, [], 99
     evaluate("gsm8k", "--model", model_file, "--data", gsm8k, "--out", parts)
     assert set(pupil.asked) & set(asked) == {asked[-1]} and len({*pupil.asked, *asked}) == 9
-    assert capsys.readouterr().out.splitlines()[:2] == expected.splitlines()[:2]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[:2] == expected.splitlines()[:2]
+    assert f"3 items are taken from {parts}; --overwrite starts anew\n" in said.err
     assert sorted(parts.read_text().splitlines()) == sorted(whole.read_text().splitlines())
     pupil.asked = []
     evaluate("gsm8k", "--model", model_file, "--data", gsm8k, "--out", parts)
@@ -398,7 +400,9 @@ def test_an_interrupted_loss_goes_on_and_ends_the_same(pairs, model_file, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         evaluate(*command, outs[1])
     monkeypatch.setattr(Results, "add", lambda self, item: added.append(item["id"]) or add(self, item))
+    assert "taken from" not in capsys.readouterr().err
     evaluate(*command, outs[1])
+    assert f"2 items are taken from {outs[1]}; --overwrite starts anew\n" in capsys.readouterr().err
     assert sorted(added) == [0, 1, 2]
     assert sorted(outs[0].read_text().splitlines()) == sorted(outs[1].read_text().splitlines())
 

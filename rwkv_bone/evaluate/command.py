@@ -74,7 +74,10 @@ def open_results(args: argparse.Namespace, model: RWKV, settings: dict[str, Any]
         "dtype": str(model.emb.weight.dtype),
         "tokenizer": [args.tokenizer, args.encoding],
     }
-    return Results(path, {**same, **settings}, args.overwrite)
+    results = Results(path, {**same, **settings}, args.overwrite)
+    if results.done:
+        print(f"{len(results.done):,} items are taken from {results.path}; --overwrite starts anew", file=sys.stderr, flush=True)
+    return results
 
 
 def file_hash(paths: Iterable[str]) -> str:
