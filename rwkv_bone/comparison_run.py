@@ -106,7 +106,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
             diverged = str(error)
         for line in (Path(config.proj_dir) / "loss_data.jsonl").read_text().splitlines():
             step = json.loads(line)
-            losses.append(step["loss"])
+            losses.append(step["loss"] or 0.0)  # nothing was trained: as the base's above
             seconds.append(step["t_cost"])
     peak = peak_bytes(device) - before
     choosing, reported = (math.inf, math.inf) if diverged else held_out_losses(model.to(device), held_out, ids)

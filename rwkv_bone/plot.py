@@ -117,7 +117,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
                 loss_panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
             mark = {"marker": "."} if window == 1 else {}
             loss_panel.plot(step, line, color=colour, linewidth=1.8, label=label, **mark)
-            bad = ~np.isfinite(loss)
+            bad = ~np.isfinite(loss) & (weights > 0)  # a step without a trained token has none, and rightly so
             if bad.any():
                 place = loss_panel.get_xaxis_transform()  # at the bottom, whatever the losses are
                 text = f"{name}: {bad.sum()} steps without a finite loss"

@@ -111,6 +111,13 @@ def test_labels_say_what_and_in_which_units(make_run, tmp_path):
     assert f"{path}: 2 steps without a finite loss" in text
 
 
+def test_a_step_that_trained_no_token_is_no_fault(make_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = make_run("a", [line(i, None, trained=0) if i == 3 else line(i, 2.5) for i in range(1, 31)])
+    text = plot_runs([path], tmp_path / "a.svg").read_text()
+    assert f"<!-- {path}: 2.5000 -->" in text and "without a finite loss" not in text
+
+
 @pytest.mark.parametrize(
     "rows",
     [[line(1)], [line(1, math.nan)], [{"loss": 2.0}] * 3, [line(i, kt_s=0) for i in (1, 2)], [line(i) for i in range(1, 30001)]],

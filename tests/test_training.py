@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, save_tensors
+from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.ops import wkv6_cpu
+from rwkv_bone.plot import read_run
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world, run_to_end
 
@@ -172,6 +175,35 @@ def test_bad_input_gets_one_line_and_exit_code_2(world, flags, message, capsys, 
     said = capsys.readouterr().err
     assert ended.value.code == 2 and message in said
     assert said.count("\n") == 1 and said.startswith("error: ")
+
+
+def test_a_step_without_a_trained_token_has_no_loss_and_spoils_no_mean(world, tmp_path):
+    """Two of six documents have answers beyond ctx_len, so with one a step two steps train nothing."""
+    rows = [{"question": "q" * (90 if i in (0, 3) else 3), "answer": f"{i} it is"} for i in range(6)]
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--micro_bsz", 1, "--data_shuffle", 0, "--tensorboard", 1, "--lr_init", 0]
+    out = train(world, "--data_file", tmp_path / "late.jsonl", *flags, name="late")
+    assert "2 samples hold no trained token" in out
+    lines = [json.loads(line) for line in (world / "late" / "loss_data.jsonl").read_text().splitlines()]
+    assert [line["loss"] is None for line in lines] == [True, False, False, True, False, False]
+    assert [line["trained"] == 0 for line in lines] == [line["loss"] is None for line in lines]
+    assert "step 1/6, epoch 0, no trained token, lr 0," in out
+    seen = [(line["loss"], line["trained"]) for line in lines if line["trained"]]
+    mean = sum(loss * n for loss, n in seen) / sum(n for _, n in seen)
+    assert (world / "late" / "train_log.txt").read_text().split()[1] == f"{mean:.6f}"
+    shown = float(out.split("step 6/6, epoch 0, loss ")[1].split(",")[0])
+    assert shown == pytest.approx(sum(loss for loss, _ in seen) / 4, abs=1e-3)  # of four losses, not of six
+    metrics = next((world / "late").glob("metrics/version_*/metrics.csv")).read_text().splitlines()
+    assert len(metrics) == 7
+    assert "no picture" not in out
+    assert np.isnan(read_run(world / "late")["loss"]).tolist() == [True, False, False, True, False, False]
+
+
+def test_held_out_data_without_a_trained_token_are_refused_before_the_first_step(world, tmp_path):
+    with BinidxWriter(tmp_path / "none", "uint16") as writer:
+        writer.add([1, 2, 3], [0, 0, 0])
+    ended = run_to_end(world, "--val_file", tmp_path / "none", "--data_type", "auto", name="unmeasured")
+    assert ended.codes == [2] and "nothing to" in ended.said and not (world / "unmeasured" / "loss_data.jsonl").exists()
 
 
 def test_dry_run_prints_and_writes_no_training_file(world):

@@ -54,6 +54,8 @@ class TrainingData:
     def __init__(self, documents: Documents, config: TrainConfig, vocab_size: int = 0, validation: Documents | None = None):
         self.documents, self.config, self.vocab_size, self.validation = documents, config, vocab_size, validation
         self.samples = len(self.batches().samples)
+        if validation is not None:
+            self.held_out(0, 1)  # refuses, before the first step, what holds nothing to measure
 
     @classmethod
     def open(cls, config: TrainConfig, vocab_size: int) -> "TrainingData":

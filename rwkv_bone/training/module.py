@@ -32,7 +32,7 @@ class StepRecord(NamedTuple):
 
     step: int  # from 1
     epoch: int
-    loss: float  # mean cross entropy over the trained tokens, nats
+    loss: float | None  # mean cross entropy over the trained tokens, nats; None where there are none
     lr: float
     grad_norm: float  # before clipping
     trained: int  # tokens with a loss
@@ -145,7 +145,7 @@ class FineTune(L.LightningModule):
         now = time.perf_counter()
         epoch = config.epoch_begin + (self.step - 1) // self.data.steps_per_epoch(world)
         self.record = StepRecord(
-            self.step, epoch, loss_mean, lr, grad_norm, int(trained), int(tokens), now - self.step_began
+            self.step, epoch, loss_mean if trained else None, lr, grad_norm, int(trained), int(tokens), now - self.step_began
         )
         self.step_began = now
 

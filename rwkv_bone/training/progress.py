@@ -23,6 +23,7 @@ class Progress:
         stream = sys.stdout
         self.start, self.total, self.stream = start, total, stream
         self.loss = self.seconds = self.tokens = 0.0
+        self.losses = 0  # steps that had one
         self.shown_at = 0.0
         self.bar = None
         if stream.isatty():
@@ -31,13 +32,15 @@ class Progress:
 
     def update(self, record: StepRecord) -> None:
         done = record.step - self.start
-        smoothing = max(0.05, 1 / done)
-        self.loss += (record.loss - self.loss) * smoothing
+        if record.loss is not None:
+            self.losses += 1
+            self.loss += (record.loss - self.loss) * max(0.05, 1 / self.losses)
         if done > 1:  # the first step builds and warms up
             self.seconds += record.seconds
             self.tokens += record.tokens
         rate = self.tokens / self.seconds if self.seconds else record.tokens / record.seconds
-        values = f"epoch {record.epoch}, loss {self.loss:.4f}, lr {record.lr:.3g}, {rate:,.0f} tokens/s"
+        loss = "no trained token" if record.loss is None else f"loss {self.loss:.4f}"
+        values = f"epoch {record.epoch}, {loss}, lr {record.lr:.3g}, {rate:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.set_postfix_str(values, refresh=False)
             self.bar.update()

@@ -120,7 +120,7 @@ class Records(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: FineTune, outputs, batch, batch_idx) -> None:
         record, config = module.record, self.config
         assert record is not None  # a step is done
-        self.epoch_loss += record.loss * record.trained
+        self.epoch_loss += (record.loss or 0.0) * record.trained
         self.epoch_trained += record.trained
         if self.rank_zero:
             line = record._asdict()
@@ -157,10 +157,11 @@ class Records(L.Callback):
 
     def to_loggers(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens")}, line["step"])
+            values = {name: line[name] for name in ("loss", "lr", "grad_norm", "tokens") if line[name] is not None}
+            logger.log_metrics(values, line["step"])
 
     def end_epoch(self, record: StepRecord) -> None:
-        loss = self.epoch_loss / max(self.epoch_trained, 1)
+        loss = self.epoch_loss / self.epoch_trained if self.epoch_trained else math.nan
         self.epoch_loss = self.epoch_trained = 0.0
         if self.rank_zero:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
