@@ -65,7 +65,8 @@ def test_nan_and_infinity_stay(variant):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("wants_dx", [True, False])
 def test_the_layer_computes_the_same_with_them(variant, monkeypatch, dtype, wants_dx):
-    monkeypatch.setattr(bone_cpu, "AT_ONCE", 64 * 5)  # 14 tokens in chunks of 5, 5 and 4
+    monkeypatch.setattr(bone_cpu, "AT_ONCE", 5)
+    monkeypatch.setattr(bone_cpu, "SMALL", 0)  # 14 tokens in chunks of 5, 5 and 4
     used, call = [], bone_cpu.call
     monkeypatch.setattr(bone_cpu, "call", lambda name, *args: (used.append(name), call(name, *args)))
     results = []

@@ -13,7 +13,8 @@ from ..errors import UserError
 from . import wkv6_cpu
 
 WIDEST = 4096  # kWidest in cuda/bone_cpu.cpp
-AT_ONCE = 2**21  # numbers of x: as many tokens as fill the large products, for small temporaries
+AT_ONCE = 512  # tokens: enough for the large products, few enough for temporaries that stay in the caches
+SMALL = 2**20  # numbers of x that are taken at once even if they are more tokens
 
 
 def fits(x: Tensor, r: int) -> bool:
@@ -61,7 +62,7 @@ def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tupl
 def chunks(x: Tensor, m: int, r: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices of the tokens, with two (m, tokens, r) to work in: fresh memory costs more than what is done in it."""
     n, in_ = x.shape
-    size = min(n, max(1, AT_ONCE // in_))
+    size = min(n, max(AT_ONCE, SMALL // in_ // AT_ONCE * AT_ONCE))
     work = x.new_empty(2, size * in_)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
