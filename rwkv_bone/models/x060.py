@@ -129,11 +129,13 @@ def checkpoint_version(tensors: Mapping[str, Tensor]) -> int:
     return 0
 
 
-def token_shift(x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
-    """x one step earlier: `last` (B, C), or zeros, comes first; zeros where `reset` (B, T) marks a document's start."""
+def shift_difference(x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
+    """x one step earlier, less x. `last` (B, C), or zeros, comes first; zeros where `reset` (B, T) marks a document's start."""
     first = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1).to(x.dtype)
-    previous = torch.cat([first, x[:, :-1]], 1)
-    return previous if reset is None else previous.masked_fill(reset.unsqueeze(-1), 0)
+    previous = torch.cat([first, x[:, :-1]], 1) if x.shape[1] > 1 else first
+    if reset is not None:
+        previous = previous.masked_fill(reset.unsqueeze(-1), 0)
+    return previous - x if previous is first else previous.sub_(x)  # `first` is the state's
 
 
 class TimeMix(nn.Module):
@@ -162,37 +164,37 @@ class TimeMix(nn.Module):
     def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, ...]:
         """The five inputs xw, xk, xv, xr, xg (B, T, C): x and its shift, mixed by weights that depend on both."""
         B, T, C = x.shape
-        dx = token_shift(x, shift, reset).sub_(x)
+        dx = shift_difference(x, shift, reset)
         mix = torch.tanh(torch.addcmul(x, dx, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5M)
         maa = torch.cat([getattr(self, f"time_maa_{name}") for name in LERPS])  # (5, 1, C)
         mix = torch.baddbmm(maa, mix.view(B * T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, B T, C)
-        return tuple(torch.addcmul(x, dx, weight.view(B, T, C)) for weight in mix.unbind(0))
+        return tuple(torch.addcmul(x, dx, weight) for weight in mix.view(5, B, T, C).unbind(0))
 
     def log_decay(self, h: Tensor, forget: Tensor | None) -> tuple[Tensor]:
         """log_w (B, T, H, N) from the decay LoRA's inside h (B, T, D); -inf where `forget` (B, T, 1, 1)."""
         ww = self.time_decay + h @ self.time_decay_w2
         # float32: bf16 would cost 2^-9 of the decay rate
-        log_w = -ww.to(torch.promote_types(ww.dtype, torch.float32)).exp().view(*ww.shape[:2], *self.time_faaaa.shape)
+        log_w = -ww.to(torch.promote_types(ww.dtype, torch.float32)).exp().unflatten(-1, self.time_faaaa.shape)
         return (log_w if forget is None else log_w.masked_fill(forget, -math.inf),)
 
     def gated(self, y: Tensor, g: Tensor) -> tuple[Tensor]:
         """What the output projection reads, (B, T, A)."""
-        return (self.ln_x(y.flatten(0, 1).flatten(1)).view(g.shape) * F.silu(g),)
+        return (self.ln_x(y.reshape(-1, g.shape[-1])).view(g.shape) * F.silu(g),)
 
     def forward(
         self, x: Tensor, shift: Tensor | None, wkv: Tensor | None, reset: Tensor | None = None, op: str = "auto"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), wkv (B, H, N, N) -> output (B, T, C), new shift, new wkv."""
         B, T, _ = x.shape
-        H, N = self.time_faaaa.shape
+        u = self.time_faaaa
+        H, N = u.shape
         forget = None
         if reset is not None:
             # the separator slot before a document forgets everything and adds nothing, so its successor sees zeros
             forget = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
             if wkv is not None:  # its separator was the last slot of the chunk before
                 wkv = wkv.masked_fill(reset[:, 0].view(B, 1, 1, 1), 0)
-        own = list(self.parameters(recurse=False))
-        with remade(self.lerps, x, shift, reset, trained=own) as (xw, xk, xv, xr, xg):
+        with remade(self.lerps, x, shift, reset, trained=self.parameters(recurse=False)) as (xw, xk, xv, xr, xg):
             r = self.receptance(xr).view(B, T, H, N)
             k = self.key(xk).view(B, T, H, N)
             v = self.value(xv).view(B, T, H, N)
@@ -202,10 +204,10 @@ class TimeMix(nn.Module):
             k = k.masked_fill(forget, 0)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
-        with remade(self.log_decay, h, forget, trained=own) as (log_w,):
-            y, wkv = wkv6(r, k, v, log_w, self.time_faaaa, wkv, op)
-        with remade(self.gated, y, g, trained=list(self.ln_x.parameters())) as (gated,):
-            return self.output(gated), x[:, -1], wkv
+        with remade(self.log_decay, h, forget, trained=self.parameters(recurse=False)) as (log_w,):
+            y, wkv = wkv6(r, k, v, log_w, u, wkv, op)
+        with remade(self.gated, y, g, trained=self.ln_x.parameters()) as (gated,):
+            return self.output(gated), x.select(1, -1), wkv
 
 
 class ChannelMix(nn.Module):
@@ -220,7 +222,7 @@ class ChannelMix(nn.Module):
 
     def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs of key and receptance, (B, T, C)."""
-        dx = token_shift(x, shift, reset).sub_(x)
+        dx = shift_difference(x, shift, reset)
         return torch.addcmul(x, dx, self.time_maa_k), torch.addcmul(x, dx, self.time_maa_r)
 
     def forward(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -230,7 +232,7 @@ class ChannelMix(nn.Module):
             r = self.receptance(xr)
         with remade(squared_relu, k) as (k,):
             v = self.value(k)
-        return torch.sigmoid(r) * v, x[:, -1]
+        return torch.sigmoid(r) * v, x.select(1, -1)
 
 
 class SquaredRelu(torch.autograd.Function):
@@ -248,7 +250,7 @@ class SquaredRelu(torch.autograd.Function):
 
 
 def squared_relu(x: Tensor) -> tuple[Tensor]:
-    return (SquaredRelu.apply(x),)
+    return (SquaredRelu.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_(),)
 
 
 class Block(nn.Module):
@@ -256,7 +258,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
-        if layer == 0:
+        self.first = layer == 0
+        if self.first:
             self.ln0 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
@@ -264,7 +267,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
     ) -> tuple[Tensor, LayerState]:
-        if hasattr(self, "ln0"):
+        if self.first:
             x = self.ln0(x)
         shift, wkv, ffn_shift = state or (None, None, None)
         delta, shift, wkv = self.att(self.ln1(x), shift, wkv, reset, op)

@@ -1,7 +1,7 @@
 """Trade arithmetic for memory: tensors that are cheap to make are made again in the backward pass, not kept for it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 Outputs = Sequence[Tensor]
 
 
-@contextlib.contextmanager
-def remade(f: Callable[..., Outputs], *args: Tensor | None, trained: Sequence[Tensor] = ()) -> Iterator[Outputs]:
+def remade(
+    f: Callable[..., Outputs], *args: Tensor | None, trained: Iterable[Tensor] = ()
+) -> contextlib.AbstractContextManager[Outputs]:
     """`with remade(f, *args) as outputs:` gives f(*args), and of f's inside and its outputs autograd keeps nothing but `args`.
 
     What is called within the block may keep the outputs for its own backward, as a projection does its input: it gets them made
@@ -19,12 +20,17 @@ def remade(f: Callable[..., Outputs], *args: Tensor | None, trained: Sequence[Te
     and its outputs no views of one another.
     """
     # The compiler decides itself what it keeps and what it makes again.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return contextlib.nullcontext(f(*args))
+    trained = [t for t in trained if t.requires_grad]
     # ZeRO-3 lends a parameter (ds_id) to its module's own forward and backward alone, so f cannot be run again for its gradient
-    lent = any(t.requires_grad and hasattr(t, "ds_id") for t in trained)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or lent:
-        yield f(*args)
-        return
-    again = Again(f, args, [t for t in trained if t.requires_grad])
+    if any(hasattr(t, "ds_id") for t in trained):
+        return contextlib.nullcontext(f(*args))
+    return _remade(Again(f, args, trained), args)
+
+
+@contextlib.contextmanager
+def _remade(again: "Again", args: Sequence[Tensor | None]) -> Iterator[Outputs]:
     outputs = Remade.apply(again, *args, *again.trained)
     places = {t.untyped_storage()._cdata: i for i, t in enumerate(outputs)}
     assert len(places) == len(outputs)

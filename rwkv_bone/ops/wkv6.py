@@ -107,8 +107,8 @@ def wkv6(
     Raises ValueError that names the tensor, what was expected and what came.
     """
     compute = _check(r, k, v, log_w, u, state, op)
-    u = u.to(compute)
-    if state is not None:
+    u = u if u.dtype == compute else u.to(compute)
+    if state is not None and state.dtype != compute:
         state = state.to(compute)
     if op == "torch":  # a chunk costs as much as 16 steps: sampling takes one at a time
         return (wkv6_chunked if r.shape[1] > 16 else wkv6_reference)(r, k, v, log_w, u, state)
