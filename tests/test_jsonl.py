@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_bone.data import jsonl
-from rwkv_bone.data.binidx import BinidxDocuments
+from rwkv_bone.data.binidx import BinidxDocuments, BinidxWriter
 from rwkv_bone.data.jsonl import Pair, RowEncoder, Templates, encode_files, find_files, parse_fields
 from rwkv_bone.data.jsonl_to_binidx import Progress, convert
 from rwkv_bone.data.tokenizer import ByteTokenizer, open_tokenizer
@@ -342,13 +343,14 @@ def test_existing_files_need_overwrite(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_no_file_of_that_name(tmp_path, number, workers):
+def test_a_run_that_is_stopped_leaves_no_file_of_that_name_and_no_process(tmp_path, number, workers):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "%s"}\n' % (b"a long line " * 80) * 40_000)  # 39 MB: seconds of work
     argv = [sys.executable, "-m", "rwkv_bone.data.jsonl_to_binidx", path, tmp_path / "o", "--vocab_size", "257"]
     process = subprocess.Popen([*argv, "--workers", str(workers)], stderr=subprocess.PIPE)
     deadline = time.time() + 60
-    while not any(size > 1 << 20 for size in (file.stat().st_size for file in tmp_path.glob("*.tmp"))) and time.time() < deadline:
+    written = tmp_path / "o.bin.part"
+    while not (written.exists() and written.stat().st_size > 1 << 20) and time.time() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -356,11 +358,95 @@ def test_a_killed_run_leaves_no_file_of_that_name(tmp_path, number, workers):
     process.send_signal(number)
     stderr = process.communicate(timeout=60)[1].decode()
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
-    left = sorted(file.name for file in tmp_path.iterdir() if number != signal.SIGKILL or not file.name.endswith(".tmp"))
-    assert left == ["x.jsonl"] and "Traceback" not in stderr
+    assert sorted(os.listdir(tmp_path)) == ["o.bin.part", "o.idx.part", "o.part", "x.jsonl"] and "Traceback" not in stderr
     while any(os.path.exists(f"/proc/{child}") for child in children) and time.time() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if os.path.exists(f"/proc/{child}")], "workers outlive the command"
+
+
+KILLED = """
+import os, signal, sys
+from rwkv_bone.data import jsonl, jsonl_to_binidx as program
+jsonl.BATCH_BYTES, program.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
+def report(self, *_):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+program.Progress.__call__ = report
+program.main(sys.argv[2:])
+"""
+
+
+def killed(after: int, *args) -> subprocess.CompletedProcess:
+    """Run the command with a save after each small batch and SIGKILL at its `after`-th report; 0: to the end."""
+    argv = [sys.executable, "-c", KILLED, after, *args, "--vocab_size", 257]
+    return subprocess.run([str(arg) for arg in argv], capture_output=True, text=True, check=False)
+
+
+def lots(path: Path, count: int, masked_from: int) -> str:
+    pairs = [{"question": f"{i}?" * (i % 9), "answer": "a" * (i % 50)} for i in range(masked_from, count)]
+    rows(path.with_suffix(".plain"), *({"text": f"{i} é"} for i in range(masked_from)), *pairs)
+    content = path.with_suffix(".plain").read_bytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("names", [["x.jsonl"], ["x.jsonl.gz"], ["x.jsonl.gz", "y.jsonl"]], ids=" ".join)
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, names, workers):
+    inputs = [lots(tmp_path / name, 1000, masked_from=100 if i == 0 else 0) for i, name in enumerate(names)]
+    assert killed(0, *inputs, tmp_path / "whole").returncode == 0
+    outputs, before = [], 0
+    for after in (2, 4, 5, 6, 0):  # 4: the first report is of what was there
+        done = killed(after, *inputs, tmp_path / "parts", "--workers", workers)
+        assert done.returncode == (-signal.SIGKILL if after else 0), done.stderr
+        assert not (tmp_path / "parts.idx").exists() or not after
+        outputs.append(done.stdout)
+        for left in tmp_path.glob("parts*part"):  # what was written after the last save, in part
+            with left.open("ab") as file:
+                file.write(b'{"le')
+    for said in outputs[1:]:
+        count = int(re.search(r"parts.part: going on after ([\d,]+) documents", said)[1].replace(",", ""))
+        assert count > before
+        before = count
+    for end in (".bin", ".idx", ".mask.bin"):
+        assert (tmp_path / f"parts{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+    assert not list(tmp_path.glob("*part")) and not list(tmp_path.glob("*.tmp"))
+    of_whole, of_parts = (killed(0, *inputs, tmp_path / name, "--overwrite").stdout for name in ("whole", "parts"))
+    assert of_whole.splitlines()[:4] == of_parts.splitlines()[:4]
+    assert outputs[-1].splitlines()[1:5] == of_whole.splitlines()[:4]  # the counts are those of all
+
+
+@pytest.mark.parametrize("change", ["input", "option", "lost", "torn"])
+def test_a_killed_run_begins_anew_where_an_input_or_an_option_changed(tmp_path, change):
+    path = lots(tmp_path / "x.jsonl", 300, masked_from=100)
+    assert killed(3, path, tmp_path / "parts").returncode == -signal.SIGKILL
+    options = ["--loss_mask", "all"] if change == "option" else []
+    if change == "input":
+        lots(tmp_path / "x.jsonl", 300, masked_from=99)
+    if change == "lost":
+        os.truncate(tmp_path / "parts.bin.part", 100)
+    if change == "torn":
+        journal = tmp_path / "parts.part"
+        journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0] + b"\0\0\0\n")
+    done = killed(0, path, tmp_path / "parts", *options)
+    assert done.returncode == 0 and "going on" not in done.stdout
+    assert ("another input or other options; beginning anew" in done.stdout) == (change in ("input", "option"))
+    assert killed(0, path, tmp_path / "whole", *options).returncode == 0
+    for file in tmp_path.glob("whole.*"):
+        assert file.read_bytes() == (tmp_path / file.name.replace("whole", "parts")).read_bytes()
+    assert len(list(tmp_path.glob("whole.*"))) == len(list(tmp_path.glob("parts.*"))) == (2 if change == "option" else 3)
+
+
+def test_two_runs_of_one_name_do_not_mix(tmp_path):
+    path = rows(tmp_path / "x.jsonl", {"text": "a"})
+    encoder = RowEncoder(BYTES)
+    with pytest.raises(KeyboardInterrupt), BinidxWriter(tmp_path / "o", "uint16", key="k"):
+        with pytest.raises(UserError, match="is being written by another process"):
+            convert(path, tmp_path / "o", encoder)
+        raise KeyboardInterrupt
+    assert convert(path, tmp_path / "o", encoder).documents == 1
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

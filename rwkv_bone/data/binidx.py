@@ -13,10 +13,12 @@ and renamed with .idx last: whoever finds an .idx finds a whole data set.
 """
 
 import contextlib
+import fcntl
+import json
 import os
 import struct
 from array import array
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -168,10 +170,12 @@ class BinidxWriter:
 
     dtype       "uint16" or "int32" (any integer type of the format)
     overwrite   without it, files of that name stop the writer before it begins
+    key         where given, a writer that was killed or interrupted leaves PREFIX.part and *.part, and the next one with
+                the same key goes on where it last called `save`; with another key it begins anew
     Memory: 4 bytes a document. The mask file is made at the first token that is not trained, else not at all.
     """
 
-    def __init__(self, path, dtype="uint16", overwrite: bool = False):
+    def __init__(self, path, dtype="uint16", overwrite: bool = False, key: str | None = None):
         self.prefix = prefix_of(path)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
@@ -179,11 +183,68 @@ class BinidxWriter:
         self.overwrite = overwrite
         self.total_tokens = self.trained_tokens = 0
         self.sizes = array("i")
+        self.saved: Any = None  # what the writer from which this one goes on said to `save` last
+        self.began_anew = False  # although there was one, of another key
         self._files: dict[str, BinaryIO] = {}  # ending -> open temporary file
+        self._journal: BinaryIO | None = None  # PREFIX.part: the key, then a line for each `save`; locked while in use
         self._refuse_existing()
         try:
             os.makedirs(os.path.dirname(os.path.abspath(self.prefix)), exist_ok=True)
-            self._open(".bin")
+            done = self._take_up(key) if key is not None else None
+            if done:
+                self._go_on(**done)
+            else:
+                self._open(".bin")
+                self._open(".idx")
+                self._files[".idx"].write(bytes(HEADER.size))  # comes last
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _take_up(self, key: str) -> dict[str, Any] | None:
+        """What is to go on from, if anything is; else the journal begins with the key."""
+        self._journal = open(f"{self.prefix}.part", "a+b")  # noqa: SIM115 (closed in _close)
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.prefix} is being written by another process; wait, or choose another name") from None
+        self._journal.seek(0)
+        whole = self._journal.read().rpartition(b"\n")[0]
+        first, *saved = whole.split(b"\n")
+        if first == key.encode() and saved:
+            with contextlib.suppress(ValueError, OSError):  # whatever a power cut left: all must be there
+                done = json.loads(saved[-1])
+                if all(os.path.getsize(self._temporary(end)) >= size for end, size in done["lengths"].items()):
+                    self._journal.truncate(len(whole) + 1)
+                    return done
+        self.began_anew = first not in (b"", key.encode())
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self._temporary(".mask.bin"))  # the others are overwritten
+        self._journal.truncate(0)
+        self._journal.write(key.encode() + b"\n")
+        self._journal.flush()
+        return None
+
+    def _go_on(self, lengths: dict[str, int], total_tokens: int, trained_tokens: int, saved: Any) -> None:
+        self.total_tokens, self.trained_tokens, self.saved = total_tokens, trained_tokens, saved
+        for end, size in lengths.items():
+            self._open(end, "r+b")
+            self._files[end].truncate(size)
+            self._files[end].seek(size)
+        self._files[".idx"].seek(HEADER.size)
+        self.sizes.extend(np.frombuffer(self._files[".idx"].read(), "<i4").tolist())
+
+    def save(self, saved: Any) -> None:
+        """Make what is written so far the point from which the next writer goes on, and tell it `saved` (JSON)."""
+        assert self._journal is not None
+        try:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            lengths = {end: file.tell() for end, file in self._files.items()}
+            counts = {"total_tokens": self.total_tokens, "trained_tokens": self.trained_tokens}
+            self._journal.write(json.dumps({"lengths": lengths, **counts, "saved": saved}).encode() + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
         except OSError as error:
             raise self._failed(error) from None
 
@@ -197,10 +258,10 @@ class BinidxWriter:
         return UserError(f"cannot write {self.prefix}.bin: {error.strerror}; free space or choose another folder")
 
     def _temporary(self, end: str) -> str:
-        return f"{self.prefix}{end}.{os.getpid()}.tmp"
+        return f"{self.prefix}{end}.part" if self._journal else f"{self.prefix}{end}.{os.getpid()}.tmp"
 
-    def _open(self, end: str) -> None:
-        self._files[end] = open(self._temporary(end), "wb")  # noqa: SIM115 (closed in _finish or _discard)
+    def _open(self, end: str, mode: str = "wb") -> None:
+        self._files[end] = cast(BinaryIO, open(self._temporary(end), mode))  # noqa: SIM115 (closed in _close)
 
     def add(self, tokens, mask=None) -> None:
         """One document: tokens (size,), mask (size,) with 0 where a token is not trained."""
@@ -231,6 +292,7 @@ class BinidxWriter:
             elif ".mask.bin" in self._files:
                 self._train_all(len(tokens))
             self._files[".bin"].write(np.ascontiguousarray(tokens, self.dtype).tobytes())
+            self._files[".idx"].write(sizes.astype("<i4").tobytes())
         except OSError as error:
             raise self._failed(error) from None
         self.sizes.extend(sizes.tolist())
@@ -246,7 +308,10 @@ class BinidxWriter:
 
     def __exit__(self, kind, value, traceback) -> None:
         if kind is not None:
-            self._discard()
+            if self._journal and not issubclass(kind, Exception):  # interrupted
+                self._close()
+            else:
+                self._discard()
             return
         try:
             self._finish()
@@ -257,12 +322,9 @@ class BinidxWriter:
             raise
 
     def _write_index(self) -> None:
-        n = len(self.sizes)
-        self._open(".idx")
-        out = self._files[".idx"]
+        """What follows the sizes, and the header."""
+        n, out = len(self.sizes), self._files[".idx"]
         sizes = np.frombuffer(self.sizes, np.int32)
-        out.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], n, n + 1))
-        out.write(np.ascontiguousarray(sizes, "<i4").data)
         start = 0
         for lo in range(0, n, BLOCK):
             ends = start + np.cumsum(sizes[lo : lo + BLOCK], dtype=np.int64) * self.dtype.itemsize
@@ -270,6 +332,8 @@ class BinidxWriter:
             start = int(ends[-1])
         for lo in range(0, n + 1, BLOCK):
             out.write(np.arange(lo, min(lo + BLOCK, n + 1), dtype="<i8").data)
+        out.seek(0)
+        out.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], n, n + 1))
 
     def _finish(self) -> None:
         if not self.sizes:
@@ -290,6 +354,7 @@ class BinidxWriter:
                 os.replace(self._temporary(end), self.prefix + end)
                 del self._files[end]
                 self._sync_folder()
+        self._discard()  # the journal
 
     def _sync_folder(self) -> None:
         if os.name != "posix":  # other systems cannot open a folder
@@ -300,9 +365,15 @@ class BinidxWriter:
         finally:
             os.close(folder)
 
-    def _discard(self) -> None:
-        for end, file in self._files.items():
+    def _close(self) -> None:
+        for file in (*self._files.values(), *([self._journal] if self._journal else [])):
             with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
                 file.close()
+
+    def _discard(self) -> None:
+        for end in self._files:
             os.remove(self._temporary(end))
+        if self._journal:
+            os.remove(f"{self.prefix}.part")
+        self._close()
         self._files = {}

@@ -244,6 +244,17 @@ def _kind(value) -> str:
     return names.get(type(value), "an object")
 
 
+class Place(NamedTuple):
+    """Where reading some files has come to."""
+
+    file: int = 0  # which of them
+    offset: int = 0  # bytes of its text, unpacked, before this place
+    line: int = 0  # lines before it
+
+
+BEGINNING = Place()
+
+
 class Lines(NamedTuple):
     """Some consecutive lines of one file."""
 
@@ -251,6 +262,7 @@ class Lines(NamedTuple):
     first: int  # number of the first line, from 1
     lines: list[bytes]
     read: int  # bytes taken from disk so far, over all files
+    end: Place
 
 
 class Encoded(NamedTuple):
@@ -261,6 +273,7 @@ class Encoded(NamedTuple):
     mask: np.ndarray | None  # uint8, as long as tokens; None = all trained
     skipped: int  # empty rows left out
     read: int  # bytes taken from disk so far
+    end: Place  # the documents of the files up to there have come
 
 
 def find_files(patterns) -> list[str]:
@@ -277,14 +290,21 @@ def find_files(patterns) -> list[str]:
     return found
 
 
-def read_lines(paths: list[str]) -> Iterator[Lines]:
-    """The non-empty lines of .jsonl and .jsonl.gz files, in batches."""
+def read_lines(paths: list[str], start: Place = BEGINNING) -> Iterator[Lines]:
+    """The non-empty lines of .jsonl and .jsonl.gz files from `start` on, in batches."""
     before = 0
-    for path in paths:
+    for place, path in enumerate(paths):
         try:
+            if place < start.file:
+                before += os.path.getsize(path)
+                continue
             with open(path, "rb") as raw:
                 stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-                number, first, lines, size = 0, 1, [], 0
+                number, lines, size = 0, [], 0
+                if place == start.file:
+                    number = start.line
+                    stream.seek(start.offset)
+                first = number + 1
                 while line := stream.readline(MAX_LINE + 1):
                     number += 1
                     if len(line) > MAX_LINE:
@@ -292,11 +312,11 @@ def read_lines(paths: list[str]) -> Iterator[Lines]:
                     lines.append(line)
                     size += len(line)
                     if size >= BATCH_BYTES:
-                        yield Lines(path, first, lines, before + raw.tell())
+                        yield Lines(path, first, lines, before + raw.tell(), Place(place, stream.tell(), number))
                         first, lines, size = number + 1, [], 0
                 before += raw.tell()
                 if lines:
-                    yield Lines(path, first, lines, before)
+                    yield Lines(path, first, lines, before, Place(place, stream.tell(), number))
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -333,12 +353,14 @@ def encode_lines(batch: Lines, encoder: RowEncoder) -> Encoded:
         for end, size, mask in zip(np.cumsum(sizes), sizes, masks):
             if mask is not None:
                 flat[end - size : end] = mask
-    return Encoded(np.array(tokens, dtype), np.array(sizes, np.int64), flat, skipped, batch.read)
+    return Encoded(np.array(tokens, dtype), np.array(sizes, np.int64), flat, skipped, batch.read, batch.end)
 
 
-def encode_files(paths: list[str], encoder: RowEncoder, workers: int = 1) -> Generator[Encoded, None, None]:
+def encode_files(
+    paths: list[str], encoder: RowEncoder, workers: int = 1, start: Place = BEGINNING
+) -> Generator[Encoded, None, None]:
     """Documents of all files in order, whatever the number of processes; at most a few batches a worker are held at once."""
-    batches = read_lines(paths)
+    batches = read_lines(paths, start)
     if workers <= 1:
         yield from (encode_lines(batch, encoder) for batch in batches)
         return

@@ -3,24 +3,27 @@
     python -m rwkv_bone.data.jsonl_to_binidx in.jsonl [more.jsonl.gz 'folder/*.jsonl'] out
 
 writes out.bin and out.idx, and out.mask.bin where not every token is trained (binidx.py, jsonl.py). They appear when they are
-complete: a run that is killed leaves no such file (after kill -9 or a power cut, perhaps out.*.tmp, which may be deleted) and
-is simply started again.
+complete: a run that is stopped or killed leaves out.part and out.*.part, and the same command goes on from there, to the same
+files. Where an input or an option has changed it begins anew. The .part files may be deleted.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
 from dataclasses import dataclass
 
+from rwkv_bone import __version__
 from rwkv_bone.data.binidx import BinidxWriter, prefix_of
-from rwkv_bone.data.jsonl import LOSS_MASKS, RowEncoder, Templates, encode_files, find_files, parse_fields
+from rwkv_bone.data.jsonl import BEGINNING, LOSS_MASKS, Place, RowEncoder, Templates, encode_files, find_files, parse_fields
 from rwkv_bone.data.tokenizer import open_tokenizer
 from rwkv_bone.errors import UserError, run
 
 SMALL = 4 << 20  # bytes; below, starting processes takes longer than the work
+SAVE_SECONDS = 2.0  # at least so long between two points from which an interrupted run goes on
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,28 @@ class Summary:
     trained: int
     skipped: int
     seconds: float
-    read: int  # bytes
+    read: int  # bytes, of this run
 
 
-def convert(inputs, output, encoder: RowEncoder, dtype="auto", workers: int = 0, overwrite: bool = False, report=None) -> Summary:
+def identity(paths: list[str], encoder: RowEncoder, dtype: str) -> str:
+    """All that decides what is written: an interrupted run goes on where it is the same."""
+    tokenizer = encoder.tokenizer
+    files = [*paths, *(getattr(tokenizer, name) for name in ("vocab_file", "path") if hasattr(tokenizer, name))]
+    stats = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+    kind = (type(tokenizer).__name__, tokenizer.vocab_size, tokenizer.encoding)
+    options = repr((encoder.templates, encoder.fields, encoder.format, encoder.loss_mask))
+    return json.dumps([__version__, dtype, stats, kind, options])
+
+
+def convert(
+    inputs, output, encoder: RowEncoder, dtype="auto", workers: int = 0, overwrite: bool = False, report=None, say=None
+) -> Summary:
     """Writes the binidx `output` from jsonl files, globs among them.
 
     dtype     "uint16", "int32", or "auto": uint16 where the vocabulary fits
     workers   processes; 0 = all cores for more than a few MB
     report    called with (bytes read, bytes in all, documents so far)
+    say       called with a line about an earlier run that was interrupted
     """
     start = time.perf_counter()
     paths = find_files(inputs)
@@ -50,18 +66,28 @@ def convert(inputs, output, encoder: RowEncoder, dtype="auto", workers: int = 0,
         dtype = "uint16" if encoder.tokenizer.vocab_size <= 1 << 16 else "int32"
     if not workers:
         workers = 1 if total < SMALL else _cores()
-    longest = skipped = 0
-    with BinidxWriter(output, dtype, overwrite) as writer, contextlib.closing(encode_files(paths, encoder, workers)) as batches:
-        for batch in batches:
-            writer.extend(batch.tokens, batch.sizes, batch.mask)
-            longest = max(longest, int(batch.sizes.max(initial=0)))
-            skipped += batch.skipped
-            if report:
-                report(batch.read, total, len(writer.sizes))
+    with BinidxWriter(output, dtype, overwrite, identity(paths, encoder, dtype)) as writer:
+        place, read_before, skipped = writer.saved or (BEGINNING, 0, 0)
+        if say and writer.saved:
+            say(f"{writer.prefix}.part: going on after {len(writer.sizes):,} documents that an interrupted run wrote")
+        if say and writer.began_anew:
+            say(f"{writer.prefix}.part: an interrupted run had another input or other options; beginning anew")
+        if report:
+            report(read_before, total, len(writer.sizes))
+        saved_at = time.monotonic()
+        with contextlib.closing(encode_files(paths, encoder, workers, Place(*place))) as batches:
+            for batch in batches:
+                writer.extend(batch.tokens, batch.sizes, batch.mask)
+                skipped += batch.skipped
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    writer.save((batch.end, batch.read, skipped))
+                    saved_at = time.monotonic()
+                if report:
+                    report(batch.read, total, len(writer.sizes))
         if not writer.sizes:
             raise UserError(f"{paths[0]}: no document, {skipped} empty rows; nothing is written")
-    seconds = time.perf_counter() - start
-    return Summary(len(writer.sizes), writer.total_tokens, longest, writer.trained_tokens, skipped, seconds, total)
+    seconds, read = time.perf_counter() - start, total - read_before
+    return Summary(len(writer.sizes), writer.total_tokens, max(writer.sizes), writer.trained_tokens, skipped, seconds, read)
 
 
 def _cores() -> int:
@@ -76,13 +102,15 @@ class Progress:
         self.bar = self.stream.isatty()
         self.start = time.monotonic()
         self.shown = self.start if not self.bar else 0.0
+        self.before: int | None = None  # read by an earlier run
 
     def __call__(self, done: int, total: int, documents: int) -> None:
         now = time.monotonic()
+        self.before = done if self.before is None else self.before
         if now - self.shown < (0.1 if self.bar else 10) and not (self.bar and done >= total):
             return
         self.shown = now
-        share, speed = done / max(total, 1), done / max(now - self.start, 1e-9)
+        share, speed = done / max(total, 1), (done - self.before) / max(now - self.start, 1e-9)
         left = (total - done) / max(speed, 1e-9)
         text = f"{share:4.0%} {documents:,} documents, {speed / 1e6:.1f} MB/s, {left:.0f} s left"
         if self.bar:
@@ -120,7 +148,7 @@ def main(argv=None) -> None:
     encoder = RowEncoder(tokenizer, templates, parse_fields(args.fields), args.format, args.loss_mask)
     progress = Progress()
     try:
-        summary = convert(args.inputs, args.output, encoder, args.dtype, args.workers, args.overwrite, progress)
+        summary = convert(args.inputs, args.output, encoder, args.dtype, args.workers, args.overwrite, progress, print)
     finally:
         progress.close()
     print(f"documents  {summary.documents:,}" + (f" ({summary.skipped:,} empty rows left out)" if summary.skipped else ""))
