@@ -129,13 +129,18 @@ def checkpoint_version(tensors: Mapping[str, Tensor]) -> int:
     return 0
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes as long as a small addition even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def shift_difference(x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
     """x one step earlier, less x. `last` (B, C), or zeros, comes first; zeros where `reset` (B, T) marks a document's start."""
-    first = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1).to(x.dtype)
+    first = torch.zeros_like(x[:, :1]) if last is None else cast(last, x.dtype).unsqueeze(1)
     previous = torch.cat([first, x[:, :-1]], 1) if x.shape[1] > 1 else first
     if reset is not None:
         previous = previous.masked_fill(reset.unsqueeze(-1), 0)
-    return previous - x if previous is first else previous.sub_(x)  # `first` is the state's
+    return previous - x if previous is first else previous.sub_(x)  # not in place: `first` is the state's
 
 
 class TimeMix(nn.Module):
@@ -168,13 +173,17 @@ class TimeMix(nn.Module):
         mix = torch.tanh(torch.addcmul(x, dx, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5M)
         maa = torch.cat([getattr(self, f"time_maa_{name}") for name in LERPS])  # (5, 1, C)
         mix = torch.baddbmm(maa, mix.view(B * T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, B T, C)
-        return tuple(torch.addcmul(x, dx, weight) for weight in mix.view(5, B, T, C).unbind(0))
+        weights = mix.view(5, B, T, C)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            return torch.addcmul(x, dx, weights).unbind(0)
+        # five tensors and not views of one: for autograd, which would keep and join the whole
+        return tuple(torch.addcmul(x, dx, weight) for weight in weights.unbind(0))
 
     def log_decay(self, h: Tensor, forget: Tensor | None) -> tuple[Tensor]:
         """log_w (B, T, H, N) from the decay LoRA's inside h (B, T, D); -inf where `forget` (B, T, 1, 1)."""
         ww = self.time_decay + h @ self.time_decay_w2
         # float32: bf16 would cost 2^-9 of the decay rate
-        log_w = -ww.to(torch.promote_types(ww.dtype, torch.float32)).exp().unflatten(-1, self.time_faaaa.shape)
+        log_w = -cast(ww, torch.promote_types(ww.dtype, torch.float32)).exp().view(*h.shape[:-1], *self.time_faaaa.shape)
         return (log_w if forget is None else log_w.masked_fill(forget, -math.inf),)
 
     def gated(self, y: Tensor, g: Tensor) -> tuple[Tensor]:
