@@ -1,5 +1,6 @@
 """What README and docs say is run: every command, and the example of a method of one's own."""
 
+import argparse
 import json
 import os
 import re
@@ -14,7 +15,10 @@ import torch
 from conftest import small_model
 
 from rwkv_bone.checkpoint import save_tensors
+from rwkv_bone.config import TrainConfig, make_parser
 from rwkv_bone.peft import METHODS, inject, merge
+from rwkv_bone.training import memory
+from tests.runs import make_world
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,31 +28,103 @@ def blocks(text: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
 
 
-def run_lines(block: str, folder: Path) -> int:
-    """Run a block of commands as they stand, but for this environment's python and programs; how many there were."""
+def section(title: str) -> str:
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+PROGRAMS = ("python", "pip", "make", "rwkv-bone", "torchrun", "srun")
+
+
+def commands(text: str) -> list[str]:
+    """Every command of a page, in order: the lines of its shell blocks, fenced or indented, and what is quoted elsewhere."""
+    found = []
+    pattern = r"^```(\w*)\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n|\n)+)|`([^`\n]+)`"
+    for kind, fenced, indented, quoted in re.findall(pattern, text, re.M | re.S):
+        if quoted and quoted.split()[0] in PROGRAMS and " " in quoted:
+            found.append(quoted)
+        block = fenced if kind == "sh" else indented
+        found += [line.strip() for line in block.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)]
+    return found
+
+
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+COMMANDS = [(name, command) for name, text in PAGES.items() for command in commands(text)]
+
+NOT_HERE = {  # how a command begins that cannot be run here: why, and what is tested instead
+    "make ": "makes an environment: make itself says that it knows the target",
+    "pip install": "makes an environment: what it would install is named in pyproject.toml",
+    "torchrun": "two machines with GPUs: the flags are parsed",
+    "srun": "a cluster: the flags are parsed",
+    "[ $? = 138 ]": "a cluster: the script is parsed",
+    "python -m rwkv_bone.compare": "hours: the report is made of the runs that are in benchmarks/results",
+    "python -m rwkv_bone.training.memory": "minutes: it is run for small models",
+}
+ELSEWHERE = {"merging.md": "test_merge.py"}  # pages whose commands another file runs
+
+
+def reason(command: str) -> str | None:
+    return next((begin for begin in NOT_HERE if command.startswith(begin)), None)
+
+
+def run_command(command: str, folder: Path) -> str:
+    """Run a command as it stands, but for this environment's python and programs; what it says.
+
+    "..." becomes a model and data. What needs a model of billions of parameters, or several devices, ends with --dry_run.
+    """
+    words = shlex.split(command, comments=True)
+    assert words[0] == "python", command
+    if words[1] in ("train.py", "merge.py"):
+        usual = {
+            "train.py": ["--load_model", "base.pth", "--data_file", "mine.jsonl", "--r", "8"],
+            "merge.py": ["--base_model", "base.pth", "--peft_checkpoint", "out/mine/rwkv-0.pth"],
+        }[words[1]]
+        words[1:] = [word for w in words[1:] for word in (usual if w == "..." else [w])]
+        if "--devices" in words or re.search(r"\b(1B6|3B|7B).pth", command):
+            words.append("--dry_run")
+        words[1] = str(ROOT / words[1])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    lines = [line for line in block.splitlines() if not line.startswith("pip install")]  # which makes an environment like this
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        assert words[0] == "python", line
-        if words[1] in ("train.py", "merge.py"):
-            words[1] = str(ROOT / words[1])
-        result = subprocess.run(
-            [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, line + result.stdout + result.stderr
-    return len(lines)
+    result = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=folder, env=environment, input="hello\n", capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, command + result.stdout + result.stderr
+    return result.stdout
+
+
+def run_page(name: str, folder: Path) -> int:
+    """Run every command of a page that can be run here, in order; how many."""
+    here = [command for page, command in COMMANDS if page == name and not reason(command)]
+    for command in here:
+        run_command(command, folder)
+    return len(here)
+
+
+def test_every_command_of_readme_and_docs_is_run_by_a_test():
+    """By the tests of this file, which run whole pages, or by another, which names the page."""
+    run_here = set(re.findall(r'run_page\("([\w.]+)"', Path(__file__).read_text()))
+    for page, command in COMMANDS:
+        if page in ELSEWHERE:
+            assert f"docs\" / \"{page}" in (ROOT / "tests" / ELSEWHERE[page]).read_text()
+            assert command in "".join(blocks(PAGES[page], "sh")), f"{page}: test_merge.py runs fenced blocks alone: {command}"
+        else:
+            assert page in run_here or reason(command), f"{page}: no test runs {command}"
+    assert {begin for begin in NOT_HERE if not any(c.startswith(begin) for _, c in COMMANDS)} == set(), "no longer there"
 
 
 @pytest.mark.slow
-def test_the_readmes_own_run_works_line_by_line(tmp_path):
+def test_the_commands_of_the_readme_work(tmp_path):
     model = small_model(dtype=torch.float32, vocab_size=257, n_embd=64, dim_att=64, dim_ffn=64)
     save_tensors(tmp_path / "base.pth", {name: t.bfloat16() for name, t in model.state_dict().items()})
+    for size in ("1B6", "3B", "7B"):
+        shutil.copy(tmp_path / "base.pth", tmp_path / f"{size}.pth")
     rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(8)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (own,) = [block for block in blocks(README, "sh") if "train.py" in block]
-    assert run_lines(own, tmp_path) == 4
-    assert (tmp_path / "tuned.pth").exists()
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "What is 2 + 2?", "answer": "It is\n#### 4"}) + "\n")
+    other = tmp_path / "out" / "other"  # plotted beside the README's own run
+    other.mkdir(parents=True)
+    (other / "loss_data.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert run_page("README.md", tmp_path) >= 18
+    assert (tmp_path / "tuned.pth").exists() and (tmp_path / "tuned.st").exists() and (tmp_path / "mine.idx").exists()
 
 
 @pytest.mark.slow
@@ -58,8 +134,93 @@ def test_the_commands_of_the_run_on_real_data_work(data, tmp_path):
     for name in ("train", "test"):
         lines = (data / "gsm8k" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("".join(lines[:6]))
-    (block,) = blocks((ROOT / "docs" / "gsm8k.md").read_text(), "sh")
-    assert run_lines(block, tmp_path) == 4
+    assert run_page("gsm8k.md", tmp_path) == 4
+
+
+@pytest.mark.slow
+def test_the_commands_for_several_devices_work(tmp_path):
+    make_world(tmp_path)
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "mine.jsonl")
+    assert run_page("engines.md", tmp_path) == 1
+
+
+@pytest.mark.slow
+def test_the_comparisons_reports_are_made_by_their_commands(data, tmp_path):
+    mine = [command for page, command in COMMANDS if page == "comparison.md"]
+    assert len(mine) == 3
+    for command in mine:
+        _, _, _, config, _, out = shlex.split(command)
+        shutil.copytree(ROOT / "benchmarks" / "results" / Path(out).name, tmp_path / out)
+        (tmp_path / out / "table.md").unlink()
+        run_command(command.replace(out, str(tmp_path / out)) + " --report", ROOT)
+        table = (tmp_path / out / "table.md").read_text()
+        rows = [line for line in table.splitlines() if line.startswith("| ")]
+        assert len(rows) > 4 and all(row in PAGES["comparison.md"] for row in rows), config
+
+
+def test_the_memory_tables_program_runs(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "WORLD", {"tiny": (1, 64)})
+    monkeypatch.setattr(memory, "LENGTHS", (16,))
+    memory.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| model | `--peft` | `--quant` | 16 | 16, `--grad_cp 1` |")
+    assert len(lines) == 2 + 4 * 3 + 1 and lines[2].startswith("| tiny | bone, r 64 | none | ")
+
+
+def test_what_cannot_run_here_is_what_its_programs_take(tmp_path):
+    project = (ROOT / "pyproject.toml").read_text()
+    for page, command in COMMANDS:
+        begin, words = reason(command), shlex.split(command, comments=True)
+        if begin == "make ":
+            done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, check=False)
+            assert done.returncode == 0, command
+        elif begin == "pip install":
+            for word in words[2:]:
+                extra = re.fullmatch(r"\.\[(.*)\]", word)
+                for name in extra[1].split(",") if extra else [word] if "=" not in word and word[0] != "-" else []:
+                    assert name == "constraints.txt" or re.search(rf'\b{re.escape(name)}\b', project), f"{page}: {name}"
+        elif begin in ("torchrun", "srun"):
+            script = words[words.index("train.py") + 1 :]
+            script.remove("...")
+            assert TrainConfig.from_argv([*script, "--data_file", "x"]).num_nodes == 2
+        if begin == "torchrun":
+            launcher = pytest.importorskip("torch.distributed.run").get_args_parser().parse_args(words[1:])
+            assert (launcher.training_script, launcher.nnodes, launcher.nproc_per_node) == ("train.py", "2", "8")
+    (script,) = re.findall(r"^ {4}#!/bin/bash\n(?: {4}.*\n)+", PAGES["engines.md"], re.M)
+    assert "[ $? = 138 ]" in script and subprocess.run(["bash", "-n"], input=script.encode(), check=False).returncode == 0
+
+
+def test_every_flag_of_train_py_has_a_row_and_every_row_is_taken():
+    tasks, community = section("What do I say for ..."), section("From RWKV-PEFT")
+    parser, _ = make_parser()
+    for action in parser._actions:
+        (*_, flag) = action.option_strings
+        shown = action.help != argparse.SUPPRESS and flag != "--help"
+        assert not shown or re.search(rf"`[^`]*{flag}\b", tasks + community), f"README has no row for {flag}"
+    (table,) = re.findall(r"^\| wish \| flags of `train.py` \|\n(.*?)\n\n", tasks, re.M | re.S)
+    spans = [span for line in table.splitlines() for span in re.findall(r"`(--[^`]+)`", line)]
+    usual = {"--load_model": "base.pth", "--data_file": "mine.jsonl"}
+    for span in spans:
+        words = [word for flag, value in usual.items() if flag not in span for word in (flag, value)] + shlex.split(span)
+        if span not in ("--micro_bsz", "--accumulate_grad_batches"):  # named without a value
+            TrainConfig.from_argv(words)
+
+
+def test_the_recipes_are_rows_of_the_memory_table():
+    lines = [line for line in PAGES["memory.md"].splitlines() if re.match(r"\| (model|\d)", line)]
+    header, *rows = [line.strip("| ").split(" | ") for line in lines]
+    computed = {(*row[:3], column): cell for row in rows for column, cell in zip(header[3:], row[3:])}
+    recipes = re.findall(r"^\| (\d+ GB) \| (.*?) \| ([\d.]+) \| `(.*)` \|$", section("Which model on which card"), re.M)
+    assert sorted({int(card.split()[0]) for card, *_ in recipes}) == [8, 12, 16, 24, 48, 80] and len(recipes) == 9
+    sizes = {"1B6.pth": "1.6B", "3B.pth": "3B", "7B.pth": "7B"}
+    for card, what, figure, command in recipes:
+        config = TrainConfig.from_argv(shlex.split(command)[2:])
+        size = sizes[config.load_model]
+        method = "none" if config.peft == "none" else f"{config.peft}, r {config.peft_options['r']}"
+        column = f"{config.ctx_len}, `--grad_cp 1`" if config.grad_cp else str(config.ctx_len)
+        assert computed[size, method, config.quant, column] == f"{figure}: {card}", command
+        assert what.startswith(size) and str(config.ctx_len) in what and config.micro_bsz == 1
+        assert {"int8": "in 8 bits", "nf4": "in 4 bits", "none": ""}[config.quant] in what
 
 
 def test_the_readmes_example_of_a_method_is_a_method():
