@@ -4,7 +4,6 @@ The formulas are in rwkv_bone/peft/bone.py. The kernels are part of the library 
 """
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from ..errors import UserError
 from . import wkv6_cpu
 
 WIDEST = 4096  # kWidest in cuda/bone_cpu.cpp
-AT_ONCE = 512  # tokens: enough for the large products, few enough for temporaries that stay in the caches
-SMALL = 2**20  # numbers of x that are taken at once even if they are more tokens
+AT_ONCE = 512  # tokens of a large product
+FEW = 128  # tokens of the small ones, a thread: what passes between these stays in its core's cache
 
 
 def fits(x: Tensor, r: int) -> bool:
@@ -34,40 +33,47 @@ def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """y (n, out) of x (n, in), w (out, in) and b (m, r, r), of one dtype, x contiguous."""
     m, r, _ = b.shape
     y = x.new_empty(len(x), len(w))
-    for rows, u, xu in chunks(x, m, r):
-        xs, ys = x[rows], y[rows]
-        torch.bmm(pieces(xs, r), b.mT, out=u)
-        xu = xu.view_as(xs)
-        call("bone_cpu_forward", xs, ys.shape[1], r, xs, u, xu, ys)
+    x_plus_u = torch.empty_like(x[: many()])  # one for all tokens: fresh memory costs more than what is done in it
+    work = torch.empty_like(x[: few()])
+    for rows in spans(len(x), many()):
+        xs, ys, xus = x[rows], y[rows], x_plus_u[: rows.stop - rows.start]
+        for part in spans(len(xs), few()):
+            u = work[: part.stop - part.start].view(m, -1, r)
+            torch.bmm(pieces(xs[part], r), b.mT, out=u)
+            call("bone_cpu_forward", xs[part], len(w), r, xs[part], u, xus[part], ys[part])
         # the product is added to the tiles before it is rounded: s is small beside it at the start of a training
-        ys.addmm_(xu, w.T)
+        ys.addmm_(xus, w.T)
     return y
 
 
 def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
     """dx (n, in) in x's dtype, if wanted, and db (m, r, r) in float32, from g (n, out). x and g are contiguous."""
     m, r, _ = b.shape
-    dx = torch.empty_like(x) if wants_dx else None
+    dx = torch.empty_like(x if wants_dx else x[: many()])
     db = torch.zeros(m, r, r)
-    for rows, du, x_pieces in chunks(x, m, r):
+    work = x.new_empty(2, min(len(x), few()), x.shape[1])
+    for rows in spans(len(x), many()):
         xs, gs = x[rows], g[rows]
-        q = torch.mm(gs, w, out=None if dx is None else dx[rows])
-        call("bone_cpu_backward", xs, gs.shape[1], r, xs, gs, q, du, x_pieces)
-        db += torch.bmm(du.mT, x_pieces)
-        if dx is not None:
-            pieces(q, r).baddbmm_(du, b)
-    return dx, db
+        q = torch.mm(gs, w, out=dx[rows] if wants_dx else dx[: len(xs)])
+        for part in spans(len(xs), few()):
+            du, x_pieces = work[:, : part.stop - part.start].reshape(2, m, -1, r)
+            call("bone_cpu_backward", xs[part], len(w), r, xs[part], gs[part], q[part], du, x_pieces)
+            db += torch.bmm(du.mT, x_pieces)
+            if wants_dx:
+                pieces(q[part], r).baddbmm_(du, b)
+    return dx if wants_dx else None, db
 
 
-def chunks(x: Tensor, m: int, r: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of the tokens, with two (m, tokens, r) to work in: fresh memory costs more than what is done in it."""
-    n, in_ = x.shape
-    size = min(n, max(AT_ONCE, SMALL // in_ // AT_ONCE * AT_ONCE))
-    work = x.new_empty(2, size * in_)
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        a, b = work[:, : (rows.stop - start) * in_].view(2, m, -1, r)
-        yield rows, a, b
+def spans(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def few() -> int:
+    return FEW * torch.get_num_threads()
+
+
+def many() -> int:
+    return max(AT_ONCE, few())
 
 
 def pieces(x: Tensor, r: int) -> Tensor:
