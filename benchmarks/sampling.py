@@ -4,8 +4,8 @@
     rwkv, TorchScript the package, strategy "cpu fp32", RWKV_JIT_ON=1
     rwkv, plain       the same without TorchScript
 
-Each runs in a process of its own, in turn, a repeat at a time. All have to choose the same tokens. On a shared machine the
-processor's time (of the one thread that works) says more than the clock's; without --threads 1 only the clock is shown.
+Each runs in a process of its own, in turn, a repeat at a time; what did not choose the tokens that ours chose is marked. With one
+thread, "least time" and "median" are of the thread's own time, which on a shared machine says more than the clock's.
 
 `python benchmarks/sampling.py [--model M.pth | --n_layer 12 --n_embd 768] [--threads 1]`
 """
@@ -95,10 +95,16 @@ def new_model(args: argparse.Namespace, folder: str) -> str:
     return str(path)
 
 
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def compare(args: argparse.Namespace) -> None:
     config, _ = open_model(args.model)
     print(f"L{config.n_layer} C{config.n_embd} V{config.vocab_size}, heads of {config.head_size}, {args.dtype}; "
-          f"{platform.processor() or platform.machine()} CPU, {args.threads} threads, torch {torch.__version__}; "
+          f"{processor()}, {args.threads} threads, torch {torch.__version__}; "
           f"{args.repeats} repeats of {args.tokens} tokens")  # fmt: skip
     workers = {}
     for variant in VARIANTS:
