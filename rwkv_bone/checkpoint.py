@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -343,6 +343,11 @@ class Adapter:
         self.method, self.config = method_of(self.info, path)
         shapes = replace(sizes, time_state=True).shapes()
         self.parts = [name for name in tensors if name in shapes]
+        if self.method is None and "blocks.0.att.key.weight" in self.parts:
+            raise UserError(f"{path}: is a whole model, not an adapter: use it as it is, or as the base")
+        of_base, here = self.info["base"].get("sizes"), {**asdict(sizes), "time_state": None}
+        if isinstance(of_base, dict) and {**here, **of_base, "time_state": None} != here:
+            raise self.of_another_base("give that one")  # by --force neither
         self.layers: dict[str, list[str]] = {}
         for name in tensors:
             if name not in shapes:
@@ -370,8 +375,8 @@ class Adapter:
             if name not in wanted:
                 raise UserError(f"{self.path}: {name} is no tensor of the method {self.info['method']}")
             if tuple(tensor.shape) != wanted[name] or tensor.dtype not in FLOATS:
-                came = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise UserError(f"{self.path}: {name} is {came}; for this model and {self.config} it must be {wanted[name]}")
+                came, options = f"{tensor.dtype} {tuple(tensor.shape)}", f" and {self.config}" if self.config else ""
+                raise UserError(f"{self.path}: {name} is {came}; for this model{options} it must be {wanted[name]}")
 
     def shapes_at(self, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The adapter's tensors on a projection of that shape."""
@@ -387,10 +392,12 @@ class Adapter:
 
     def check_base(self, fingerprint: str, force: bool = False) -> None:
         """The base must be the one that was trained on. Other programs' files do not say which that was."""
-        base = self.info["base"]
-        if "foreign" not in self.info and base.get("fingerprint") != fingerprint and not force:
-            known = base.get("file") or "one without a name"
-            raise UserError(f"{self.path}: was trained on another base ({known}); give that one (or merge.py --force)")
+        if "foreign" not in self.info and self.info["base"].get("fingerprint") != fingerprint and not force:
+            raise self.of_another_base("give that one (or merge.py --force)")
+
+    def of_another_base(self, cure: str) -> UserError:
+        known = self.info["base"].get("file") or "one without a name"
+        return UserError(f"{self.path}: was trained on another base ({known}); {cure}")
 
     def changes(self, name: str) -> bool:
         """Whether the base's tensor of that name is another after merging."""

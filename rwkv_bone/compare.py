@@ -37,10 +37,10 @@ from torch import nn
 
 from . import comparison_report, comparison_run
 from .checkpoint import load_model
-from .config import Parser, TrainConfig
+from .config import TrainConfig
 from .data.documents import Documents, open_documents
 from .data.tokenizer import open_tokenizer
-from .errors import UserError
+from .errors import Parser, UserError
 from .errors import run as run_main
 from .evaluate.loss import identity
 from .peft import METHODS, TRAIN_PARTS
@@ -49,7 +49,7 @@ from .training.loader import TrainingData
 
 RATES = (1e-3, 3e-3, 1e-2)
 OURS = ("proj_dir", "peft", "peft_options", "lr_init", "lr_final", "random_seed", "epoch_count", "epoch_steps", "resume",
-        "overwrite", "dry_run", "peft_checkpoint", "epoch_begin", "epoch_save")  # fmt: skip
+        "overwrite", "dry_run", "peft_checkpoint", "epoch_begin", "epoch_save", "fields", "template", "format")  # fmt: skip
 NO_MATTER = ("proj_dir", "threads", "overwrite", "save_every_minutes", "load_model", "data_file")  # cannot change a result
 
 
@@ -95,6 +95,8 @@ class Comparison:
             given = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: wanted an object with steps, held_out, load_model, data_file; see benchmarks/*.json")
         own = {f.name for f in fields(cls)} - {"flags"}
         flags = {f.name for f in fields(TrainConfig)} - set(OURS)
         if unknown := [name for name in given if name not in own | flags]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .data.documents import DATA_TYPES
 from .data.samples import DATALOADS
-from .errors import UserError
+from .errors import Parser, UserError, hint
 from .models import VERSIONS
 from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
 from .peft.community import method_from_community
@@ -67,10 +67,6 @@ AT_LEAST = {
 }
 
 
-def hint(near: list[str]) -> str:
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def flag(default: Any, group: str, help: str, choices=None, **more) -> Any:
     """A field of the configuration that is a flag of the command line. A list's default is given as a tuple."""
     return field(default=default, metadata={"group": group, "help": help, "choices": choices, **more})
@@ -110,6 +106,9 @@ class TrainConfig:
     data_shuffle: bool = flag(True, "data", "new order in each epoch")
     tokenizer: str = flag("auto", "data", "for jsonl: auto (by vocabulary size), byte, world, or a tokenizer.json")
     vocab_file: str = flag("", "data", "World vocabulary file; default: that of the installed pyrwkv-tokenizer or rwkv package")
+    fields: str = flag("", "data", "for jsonl: names of its fields, as in question=problem,answer=solution")
+    template: str = flag("", "data", "for jsonl: JSON file with templates of your own (rwkv_bone/data/jsonl.py)")
+    format: str = flag("auto", "data", "for jsonl whose rows can be read in two ways: text, messages, question, ...")
     encoding: str = flag("utf-8", "data", "text encoding of the byte tokenizer", choices=("utf-8", "utf-16-le"))
 
     val_file: str = flag("", "data", "held-out data of the same kind: its loss is measured while training")
@@ -244,15 +243,25 @@ class TrainConfig:
 COMMUNITY_CONFIGS = ("bone_config", "lora_config", "pissa_config", "disha_config", "peft_config")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
-
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            name = message.split(": ", 1)[1].split()[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, 1)
-            message = f"unknown flag {name}" + (hint(near) or "; see --help")
-        raise UserError(message)
+# What other trainers call them: for "did you mean".
+ELSEWHERE = {
+    "--learning_rate": "--lr_init",
+    "--lr": "--lr_init",
+    "--batch_size": "--micro_bsz",
+    "--epochs": "--epoch_count",
+    "--num_epochs": "--epoch_count",
+    "--rank": "--r",
+    "--lora_r": "--r",
+    "--lora_alpha": "--alpha",
+    "--model": "--load_model",
+    "--base_model": "--load_model",
+    "--data": "--data_file",
+    "--output": "--proj_dir",
+    "--output_dir": "--proj_dir",
+    "--max_length": "--ctx_len",
+    "--seed": "--random_seed",
+    "--method": "--peft",
+}
 
 
 def make_parser() -> tuple[Parser, list[str]]:
@@ -264,6 +273,7 @@ def make_parser() -> tuple[Parser, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.elsewhere = ELSEWHERE
     groups = {name: parser.add_argument_group(name) for name in ("model", "data", "method", "training", "devices", "output")}
     for f in fields(TrainConfig):
         if "group" in f.metadata:

@@ -5,7 +5,6 @@ fine-tuned with Bone on questions and answers made of docstrings, merged, and as
 the command that a user would type.
 """
 
-import argparse
 import importlib
 import inspect
 import json
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 
 from . import demo_model
-from .errors import UserError, run
+from .errors import Parser, UserError, run
 
 MODULES = (
     "builtins os os.path shutil pathlib re json math cmath random statistics itertools functools collections string textwrap "
@@ -66,13 +65,16 @@ def command(name: str, *arguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rwkv-bone demo", description=__doc__)
+    parser = Parser(prog="rwkv-bone demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", nargs="?", default="out/demo", type=Path, help="where everything goes (default: out/demo)")
     parser.add_argument("--scratch", action="store_true", help="begin with a new model instead of the one that is shipped")
     parser.add_argument("--steps", type=int, default=300, help="steps of each training (default: 300, about a minute)")
     args = parser.parse_args(argv)
     folder, steps = args.folder, args.steps
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
     tuned, merged, pictured = folder / "tuned", folder / "tuned.pth", [folder / "tuned"]
     rate = ["--lr_schedule", "cos", "--warmup_steps", min(10, steps // 2), "--overwrite"]
 

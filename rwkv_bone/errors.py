@@ -1,9 +1,12 @@
-"""The one exception that means "the input is bad", not "the program is": shown as one line, exit code 2."""
+"""The one exception that means "the input is bad", not "the program is": shown as one line, exit code 2. How commands end."""
 
+import argparse
+import difflib
 import os
 import select
 import signal
 import sys
+from collections.abc import Mapping
 
 
 class UserError(ValueError):
@@ -15,6 +18,25 @@ class UserError(ValueError):
     def __init__(self, message: str):
         line = "".join(c if c.isprintable() else "?" for c in message[:1001])
         super().__init__(line if len(line) <= 1000 else line[:1000] + "...")
+
+
+def hint(near: list[str]) -> str:
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    elsewhere: Mapping[str, str] = {}  # what other programs call a flag -> its name here
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            name = message.split(": ", 1)[1].split()[0]
+            flag = name.split("=")[0].replace("-", "_").replace("__", "--", 1) if name.startswith("-") else ""
+            known = [flag] if flag in self._option_string_actions else [self.elsewhere[flag]] if flag in self.elsewhere else []
+            near = known or difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message = f"unknown {'flag' if flag else 'word'} {name}" + (hint(near) or "; see --help")
+        raise UserError(message)
 
 
 def run(main) -> None:

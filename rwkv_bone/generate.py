@@ -35,10 +35,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import atomic, load_adapter, load_model
-from .config import Parser
 from .data.jsonl import Chat, Templates
 from .data.tokenizer import Tokenizer, open_tokenizer
-from .errors import UserError, run
+from .errors import Parser, UserError, run
 from .foreign import Foreign
 from .models.direct import direct
 from .models.x060 import RWKV, LayerState, State

@@ -36,8 +36,7 @@ from .checkpoint import (
     save_adapter,
     write_pth,
 )
-from .config import Parser
-from .errors import UserError
+from .errors import Parser, UserError
 from .foreign import UNAIDED, Foreign
 from .models.x060 import RWKV
 from .peft import PROJECTIONS, TRAIN_PARTS, hf, merge

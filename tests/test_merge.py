@@ -664,7 +664,7 @@ BAD = [
     ([..., "--rank", "4"], "--rank is for --as lora"),
     ([..., "--as", "lora", "--rank", "-1"], "--rank must be at least 1"),
     ([..., "--as", "lora", "--dtype", "fp32"], "writes an adapter"),
-    ([..., "adapter.pth", "--as", "lora"], "unknown flag adapter.pth"),
+    ([..., "adapter.pth", "--as", "lora"], "unknown word adapter.pth"),
     ([..., "--outptu", "x"], "unknown flag --outptu; did you mean --output?"),
     (["--base_model", "base.pth", "--peft_checkpoint", "a.pth", "b.pth", "--as", "lora", "--output", "m.pth"], "of one adapter"),
     (["--base_model", "base.pth", "--as", "lora", "--output", "m.pth"], "and 0 are given"),

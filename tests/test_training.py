@@ -206,6 +206,18 @@ def test_held_out_data_without_a_trained_token_are_refused_before_the_first_step
     assert ended.codes == [2] and "nothing to" in ended.said and not (world / "unmeasured" / "loss_data.jsonl").exists()
 
 
+def test_fields_and_templates_of_ones_own_are_trained(world, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"frage": "2 + 2?", "antwort": "4", "text": "unused"}) + "\n")
+    (tmp_path / "mine.json").write_text(json.dumps({"pairs": [{"prompt": "Q: {question}\nA:", "answer": " {answer}"}]}))
+    names = ["--data_file", tmp_path / "rows.jsonl", "--fields", "question=frage,answer=antwort", "--show_batch"]
+    assert main(arguments(world, *names, "--format", "question")) == 0
+    assert "User: 2 + 2?\n\nAssistant:[[ 4]]" in capsys.readouterr().out
+    assert main(arguments(world, *names, "--format", "question", "--template", tmp_path / "mine.json")) == 0
+    assert "Q: 2 + 2?\nA:[[ 4]]" in capsys.readouterr().out
+    with pytest.raises(UserError, match="can be read as text or question; say which by --format"):
+        main(arguments(world, *names))
+
+
 def test_dry_run_prints_and_writes_no_training_file(world):
     out = train(world, "--dry_run", name="dry")
     assert "steps" in out and not list((world / "dry").iterdir())

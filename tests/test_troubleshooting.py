@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import small_model
 
 from rwkv_bone import merging
+from rwkv_bone.__main__ import main as console_main
 from rwkv_bone.checkpoint import save_tensors
 from rwkv_bone.errors import run
 from rwkv_bone.training.run import main as train
@@ -74,3 +76,59 @@ def usual(flags: list[str], world: Path) -> list[str]:
     """Model and data are the world's; what a run writes goes elsewhere, unless told."""
     files = {"--load_model": world / "base.pth", "--data_file": world / "data.jsonl"}
     return [str(word) for flag, path in files.items() if flag not in flags for word in (flag, path)] + flags
+
+
+T, M = ["train"], ["merge"]
+MISTAKES = [  # what a new user types: the words after the command, and what is said
+    (T, "--load_model nothere.pth", "nothere.pth: no such file"),
+    (T, "--load_model data.jsonl", "data.jsonl: not a .pth of tensors"),
+    (T, "--data_file nothere.jsonl", "nothere.jsonl: no such file"),
+    (T, "--data_file list.json", "list.json is neither a binidx prefix nor .jsonl, .jsonl.gz, .txt or .npy; say what it is by"),
+    (T, "--data_file run", ".jsonl, .jsonl.gz, .txt or .npy; name the files in it: 'run/*.jsonl'"),
+    (T, "--data_file list.json --data_type jsonl", "line 1: the line is a list, wanted an object"),
+    (T, "--data_file data.jsonl --data_type binidx", "cannot read data.jsonl.idx: No such file"),
+    (T, "--data_file named.jsonl", "got the fields 'frage', 'antwort'; name them by --fields"),
+    (T, "--data_file run --fields question=frage", "--fields, --template and --format are for jsonl, and run is none"),
+    (T, "--peft lorra", "--peft lorra: unknown; there are none, bone"),
+    (T, "--learning-rate 1e-4", "unknown flag --learning-rate; did you mean --lr_init?"),
+    (T, "--lora_r=8", "unknown flag --lora_r=8; did you mean --r?"),
+    (T, "--ctxlen 128", "unknown flag --ctxlen; did you mean --ctx_len?"),
+    (T, "--lr_init fast", "argument --lr_init: invalid float value: 'fast'"),
+    (T, "--quant nf4", "--quant nf4 needs bitsandbytes; pip install 'rwkv-bone[quant]'"),
+    (T, "--proj_dir data.jsonl", "--proj_dir data.jsonl: cannot be written"),
+    (T, "--peft_checkpoint base.pth", "base.pth: is a whole model, not an adapter"),
+    (M, "--base_model base.pth --peft_checkpoint base.pth --output m.pth", "base.pth: is a whole model, not an adapter"),
+    (M, "--base_model base.pth --peft_checkpoint run --output m.pth", "run: not a file"),
+    (M, "--base_model run/rwkv-0.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "this is not an RWKV model"),
+    (M, "--base_model wide.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "was trained on another base (base.pth)"),
+    (["generate"], "--model run/rwkv-0.pth --prompt a", "this is not an RWKV model"),
+    (["generate"], "--model base.pth", "give --prompt or --prompt_file, or --chat"),
+    (["evaluate", "gsm8k"], "--model base.pth --data data.jsonl", "data.jsonl, line 1: "),
+    (["plot"], "nothere", "nothere: No such file"),
+    (["data"], "data.jsonl", "the following arguments are required: out"),
+    (["data"], "data.jsonl made --vocabsize 257", "unknown flag --vocabsize; did you mean --vocab_size?"),
+    (["compare"], "list.json", "list.json: wanted an object with steps, held_out, load_model, data_file"),
+    (["demo"], "data.jsonl/x", "data.jsonl/x: cannot be made (Not a directory)"),
+    (["trian"], "", "no command 'trian'; there are train"),
+]
+
+
+@pytest.mark.parametrize("command, words, message", MISTAKES, ids=[" ".join([*c, w]) for c, w, _ in MISTAKES])
+def test_a_new_users_mistake_is_one_line_and_changes_nothing(command, words, message, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (world / "list.json").write_text('[{"text": "a"}]')
+    (world / "named.jsonl").write_text('{"frage": "a", "antwort": "b"}\n')
+    wide = small_model(dtype=torch.bfloat16, vocab_size=257, n_embd=64, dim_att=64, dim_ffn=64)
+    save_tensors(world / "wide.pth", wide.state_dict())
+    flags = words.split()
+    if command is T:
+        flags = [word for flag in ("--load_model base.pth", "--data_file data.jsonl", "--proj_dir new")
+                 if flag.split()[0] not in words for word in flag.split()] + flags  # fmt: skip
+    before = contents(world)
+    monkeypatch.setattr(sys, "argv", ["rwkv-bone", *command, *flags])
+    with pytest.raises(SystemExit) as ended:
+        run(console_main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and message in said, said
+    assert contents(world) == before

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from rwkv_bone.data.binidx import BinidxDocuments
+from rwkv_bone.data.binidx import BinidxDocuments, prefix_of
 from rwkv_bone.data.jsonl import LOSS_MASKS, RowEncoder, encode_files, find_files
 from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import UserError
@@ -148,7 +148,11 @@ def open_documents(
     if not paths or not os.fspath(paths[0]):
         raise UserError("--data_file is missing")
     if data_type == "auto":
-        data_type = _type_of(os.fspath(paths[0]))
+        path = os.fspath(paths[0])
+        data_type = _type_of(path)
+        if data_type == "binidx" and os.path.exists(path) and not os.path.exists(prefix_of(path) + ".idx"):
+            cure = f"name the files in it: '{path}/*.jsonl'" if os.path.isdir(path) else "say what it is by --data_type"
+            raise UserError(f"{path} is neither a binidx prefix nor .jsonl, .jsonl.gz, .txt or .npy; {cure}")
     if data_type not in DATA_TYPES:
         raise UserError(f"data_type {data_type!r} is not known; choose from {', '.join(DATA_TYPES)}")
     if data_type != "jsonl" and len(paths) > 1:

@@ -7,7 +7,6 @@ complete: a run that is stopped or killed leaves out.part and out.*.part, and th
 files. Where an input or an option has changed it begins anew. The .part files may be deleted.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,7 +19,7 @@ from rwkv_bone import __version__
 from rwkv_bone.data.binidx import BinidxWriter, prefix_of
 from rwkv_bone.data.jsonl import BEGINNING, LOSS_MASKS, Place, RowEncoder, Templates, encode_files, find_files, parse_fields
 from rwkv_bone.data.tokenizer import open_tokenizer
-from rwkv_bone.errors import UserError, run
+from rwkv_bone.errors import Parser, UserError, run
 
 SMALL = 4 << 20  # bytes; below, starting processes takes longer than the work
 SAVE_SECONDS = 2.0  # at least so long between two points from which an interrupted run goes on
@@ -123,7 +122,7 @@ class Progress:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rwkv_bone.data.jsonl_to_binidx", description="jsonl files -> binidx")
+    parser = Parser(prog="python -m rwkv_bone.data.jsonl_to_binidx", description="jsonl files -> binidx", allow_abbrev=False)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="in.jsonl", help=".jsonl or .jsonl.gz files, or globs in quotes")
     add("output", metavar="out", help="written are out.bin, out.idx and, where needed, out.mask.bin")

@@ -1,11 +1,10 @@
 """Python's documentation sources -> plain text as jsonl, and a byte-level BPE vocabulary of 2,048 for it."""
 
-import argparse
 import json
 import re
 from pathlib import Path
 
-from ..errors import UserError, run
+from ..errors import Parser, UserError, run
 
 VOCAB_SIZE = 2048
 SIZES = "--n_layer 6 --n_embd 160 --head_size_a 32 --vocab_size 2048"
@@ -36,7 +35,7 @@ def sections(text: str, size: int = 6000) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("sources", type=Path, help="folder of .rst or .rst.txt files")
     parser.add_argument("out", type=Path)
     args = parser.parse_args(argv)

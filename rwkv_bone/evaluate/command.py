@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import Parser, truth
+from ..config import truth
 from ..data.documents import DATA_TYPES, open_documents
 from ..data.jsonl import RowEncoder, Templates, find_files, parse_fields
-from ..errors import UserError
+from ..errors import Parser, UserError
 from ..generate import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
 from ..models.x060 import RWKV
 from . import loss, problems

@@ -1,11 +1,14 @@
 """From the data room's batches to optimiser steps: which micro batches a step takes, from any step on."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import TrainConfig
 from ..data.documents import Documents, open_documents
+from ..data.jsonl import Templates, parse_fields
 from ..data.samples import Batches, padded_length
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
@@ -60,13 +63,21 @@ class TrainingData:
     @classmethod
     def open(cls, config: TrainConfig, vocab_size: int) -> "TrainingData":
         """Open --data_file with the tokenizer it needs; every token is checked against the vocabulary."""
-        text = config.data_type in ("jsonl", "utf-8") or (config.data_type == "auto" and ".jsonl" in config.data_file)
-        tokenizer = make_tokenizer(config, vocab_size) if text or config.data_file.endswith(".txt") else None
-        loss_mask = "all" if config.loss_mask == "none" else config.loss_mask
-        documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
+        jsonl = config.data_type == "jsonl" or (config.data_type == "auto" and ".jsonl" in config.data_file)
+        if not jsonl and (config.fields or config.template or config.format != "auto"):
+            raise UserError(f"--fields, --template and --format are for jsonl, and {config.data_file} is none")
+        text = jsonl or config.data_type == "utf-8" or config.data_file.endswith(".txt")
+        tokenizer = make_tokenizer(config, vocab_size) if text else None
+        options: dict[str, Any] = {
+            "loss_mask": "all" if config.loss_mask == "none" else config.loss_mask,
+            "fields": parse_fields(config.fields),
+            "templates": Templates.from_file(config.template) if config.template else Templates(),
+            "format": config.format,
+        }
+        documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, **options)
         validation = None
         if config.val_file:
-            validation = open_documents(config.val_file, config.data_type, tokenizer, vocab_size, loss_mask=loss_mask)
+            validation = open_documents(config.val_file, config.data_type, tokenizer, vocab_size, **options)
         if config.val_split:
             documents, validation = split(documents, config.val_split)
         return cls(documents, config, vocab_size, validation)
