@@ -13,7 +13,6 @@ and renamed with .idx last: whoever finds an .idx finds a whole data set.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import struct
@@ -204,7 +203,10 @@ class BinidxWriter:
         """What is to go on from, if anything is; else the journal begins with the key."""
         self._journal = open(f"{self.prefix}.part", "a+b")  # noqa: SIM115 (closed in _close)
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(ImportError):  # not on Windows
+                import fcntl
+
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.prefix} is being written by another process; wait, or choose another name") from None
         self._journal.seek(0)
