@@ -5,7 +5,8 @@
 // result which depends on the order shows itself. The process aborts with a message where the program is wrong on a GPU too:
 //   - a warp instruction or barrier that some threads of the warp or block do not reach, or reach at another line;
 //   - a misaligned ldmatrix or cp.async, one that does not address shared memory, a cp.async never waited for;
-//   - dynamic shared memory overrun, or more of it than every supported GPU has.
+//   - dynamic shared memory overrun, or more of it than every supported GPU has;
+//   - compiled with -fsanitize=thread (and linked without it): a race on shared memory, whether this run's order shows it or not.
 // Shared memory starts as NaN, and so does the target of a cp.async until its wait: reading too early gives NaN.
 // Fragment layouts are those of the PTX ISA ("Matrix Fragments for mma.m16n8k16 / m16n8k8", "ldmatrix").
 // What it cannot show: ex2.approx's and the tensor cores' own rounding, bank conflicts, occupancy, speed.
@@ -125,7 +126,8 @@ struct Thread {
   At at;
   Site site;
   dim3 index;
-  int lane;
+  int number, lane;
+  unsigned warp_steps;  // how many __syncwarp its warp has passed
   WarpInstruction instruction;
   void* operands;
   std::vector<Copy> uncommitted;
@@ -133,7 +135,7 @@ struct Thread {
 };
 
 static Context scheduler;
-static Thread* current;
+static Thread* current;  // null while the scheduler runs
 static std::vector<Thread> threads;
 static std::vector<char*> stacks;  // kept from launch to launch
 static std::vector<unsigned char> dynamic_shared;
@@ -167,6 +169,113 @@ static inline bool is_shared(const void* p) {
   return static_shared.holds(p) || Range{dynamic_shared.data(), dynamic_bytes}.holds(p);
 }
 
+// ---- races on shared memory
+//
+// Two accesses to a byte by different threads, one of them a write, need a barrier between them, or a __syncwarp where both are
+// of one warp; shuffles, mma and ldmatrix order nothing. A cp.async writes from its issue to its wait, and its target is nobody's
+// until then. -fsanitize=thread makes the compiler tell of every access; its runtime library is not linked: its functions are
+// here, and check shared memory alone. What they find does not depend on the order in which the threads happen to run.
+
+#ifdef __SANITIZE_THREAD__
+#define CUDA_SHIM_UNCHECKED __attribute__((no_sanitize("thread"), noinline))
+
+struct Seen {  // the last accesses to one byte; `phase` counts barriers, `step` the warp's __syncwarp
+  unsigned write_phase, write_step, read_phase, read_step;
+  int writer, reader, read_warp;  // reader: a thread, or `several` of its warp; read_warp: a warp or `several`
+  bool copying;                   // by a cp.async of the writer's
+};
+struct Watched {
+  unsigned char* start;
+  size_t bytes;
+  Seen* seen;
+};
+enum Access { read, write, copy };
+constexpr int several = -1;
+static unsigned phase;
+static std::vector<Seen> seen;
+static Watched watched[2];  // static and dynamic shared memory
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[];  // where this library begins
+
+CUDA_SHIM_UNCHECKED static Seen* seen_of(const void* p) {
+  for (Watched& w : watched) {
+    const size_t at = static_cast<const unsigned char*>(p) - w.start;
+    if (at < w.bytes) return w.seen + at;
+  }
+  return nullptr;
+}
+[[noreturn]] CUDA_SHIM_UNCHECKED static void race(const void* p, const Thread& t, Access access, const char* what, int other,
+                                                  const void* code) {
+  const bool dynamic = seen_of(p) >= watched[1].seen;
+  char others[32] = "several threads";
+  if (other != several) snprintf(others, sizeof others, "thread %d", other);
+  fail("race: thread %d %s byte %zu of %s shared memory, %s %s; the code is at 0x%zx of the library, see addr2line -fi", t.number,
+       access == read ? "reads" : "writes", static_cast<const unsigned char*>(p) - watched[dynamic].start,
+       dynamic ? "dynamic" : "static", what, others, static_cast<const char*>(code) - __ehdr_start);
+}
+// `whole_warp`: by all lanes of t's warp together
+CUDA_SHIM_UNCHECKED static void touch(const void* p, size_t bytes, Access access, const Thread& t, bool whole_warp,
+                                      const void* code) {
+  Seen* s = seen_of(p);
+  if (!s) return;
+  const int warp = t.number / 32, thread = whole_warp ? several : t.number;
+  for (size_t i = 0; i < bytes; i++, s++) {
+    const unsigned char* const byte = static_cast<const unsigned char*>(p) + i;
+    if (s->copying) race(byte, t, access, "the target of a cp.async not waited for, by", s->writer, code);
+    if (s->write_phase == phase && s->writer != thread && (s->writer / 32 != warp || s->write_step == t.warp_steps))
+      race(byte, t, access, "with no barrier since it was written by", s->writer, code);
+    if (access == read) {
+      if (s->read_phase != phase) s->read_phase = phase, s->read_warp = warp, s->read_step = t.warp_steps, s->reader = thread;
+      else if (s->read_warp != warp) s->read_warp = s->reader = several;
+      else if (s->read_step != t.warp_steps) s->read_step = t.warp_steps, s->reader = thread;
+      else if (s->reader != thread) s->reader = several;
+      continue;
+    }
+    if (s->read_phase == phase && (s->read_warp != warp || (s->read_step == t.warp_steps && s->reader != thread)))
+      race(byte, t, access, "with no barrier since it was read by", s->reader, code);
+    s->write_phase = phase, s->write_step = t.warp_steps, s->writer = t.number, s->copying = access == copy;
+  }
+}
+CUDA_SHIM_UNCHECKED static void arrived(const void* p, size_t bytes) {  // a cp.async of the current thread has been waited for
+  Seen* s = seen_of(p);
+  for (size_t i = 0; i < bytes; i++, s++) s->write_phase = phase, s->write_step = current->warp_steps, s->copying = false;
+}
+static inline void watch(Range static_range, Range dynamic_range) {
+  seen.assign(static_range.bytes + dynamic_range.bytes, Seen{});
+  phase = 0;
+  watched[0] = {static_range.start, static_range.bytes, seen.data()};
+  watched[1] = {dynamic_range.start, dynamic_range.bytes, seen.data() + static_range.bytes};
+}
+static inline void new_phase() { phase++; }
+
+#define CUDA_SHIM_HOOK(name, ...) \
+  extern "C" __attribute__((visibility("hidden"))) CUDA_SHIM_UNCHECKED void __tsan_##name(__VA_ARGS__)
+#define CUDA_SHIM_ACCESS(name, access, bytes, ...)                                      \
+  CUDA_SHIM_HOOK(name, __VA_ARGS__) {                                                   \
+    if (current) touch(p, bytes, access, *current, false, __builtin_return_address(0)); \
+  }
+#define CUDA_SHIM_ACCESSES(n)                     \
+  CUDA_SHIM_ACCESS(read##n, read, n, void* p)     \
+  CUDA_SHIM_ACCESS(write##n, write, n, void* p)
+#define CUDA_SHIM_UNALIGNED(n)                            \
+  CUDA_SHIM_ACCESS(unaligned_read##n, read, n, void* p)   \
+  CUDA_SHIM_ACCESS(unaligned_write##n, write, n, void* p)
+CUDA_SHIM_ACCESSES(1) CUDA_SHIM_ACCESSES(2) CUDA_SHIM_ACCESSES(4) CUDA_SHIM_ACCESSES(8) CUDA_SHIM_ACCESSES(16)
+CUDA_SHIM_UNALIGNED(2) CUDA_SHIM_UNALIGNED(4) CUDA_SHIM_UNALIGNED(8) CUDA_SHIM_UNALIGNED(16)
+CUDA_SHIM_ACCESS(read_range, read, bytes, void* p, size_t bytes)
+CUDA_SHIM_ACCESS(write_range, write, bytes, void* p, size_t bytes)
+CUDA_SHIM_HOOK(init) {}
+CUDA_SHIM_HOOK(func_entry, void*) {}
+CUDA_SHIM_HOOK(func_exit) {}
+
+#else
+#define CUDA_SHIM_UNCHECKED
+enum Access { read, write, copy };
+static inline void touch(const void*, size_t, Access, const Thread&, bool, const void*) {}
+static inline void arrived(const void*, size_t) {}
+static inline void watch(Range, Range) {}
+static inline void new_phase() {}
+#endif
+
 static inline void wait_at(At at, Site site) {
   current->at = at;
   current->site = site;
@@ -182,8 +291,8 @@ static void thread_main() {
   fail("a finished thread ran on");
 }
 
-template <class Operands>
-static inline void run_by_warp(void (*instruction)(Operands* const*), Operands& operands, Site site) {
+template <class Instruction, class Operands>
+static inline void run_by_warp(Instruction* instruction, Operands& operands, Site site) {
   current->instruction = reinterpret_cast<WarpInstruction>(instruction);
   current->operands = &operands;
   wait_at(At::warp_instruction, site);
@@ -193,6 +302,8 @@ template <class T>
 static inline void shuffle_if_seeded(std::vector<T>& items) {
   if (seed) std::shuffle(items.begin(), items.end(), random_order);
 }
+
+static void sync_warp(void* const*) {}
 
 static inline void finish_warp_instruction(int first, int last) {
   Thread* leader = nullptr;
@@ -210,7 +321,10 @@ static inline void finish_warp_instruction(int first, int last) {
     operands[i - first] = t.operands;
   }
   leader->instruction(operands);
-  for (int i = first; i < last; i++) threads[i].at = At::running;
+  for (int i = first; i < last; i++) {
+    threads[i].at = At::running;
+    threads[i].warp_steps += leader->instruction == sync_warp;
+  }
 }
 
 static inline void run_block() {
@@ -221,13 +335,16 @@ static inline void run_block() {
   for (int i = 0; i < n; i++) {
     Thread& t = threads[i];
     t.at = At::running;
+    t.number = i;
     t.lane = i % 32;
+    t.warp_steps = 0;
     t.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y));
     t.groups.clear();
     make_context(t.context, stacks[i], thread_main);
   }
   std::vector<int> warps, lanes;
   for (;;) {
+    new_phase();
     for (int w = 0; w * 32 < n; w++) warps.push_back(w);
     while (!warps.empty()) {  // each turn takes one warp to its next warp instruction, barrier or end
       const size_t turn = seed ? random_order() % warps.size() : 0;
@@ -243,6 +360,7 @@ static inline void run_block() {
       for (int i : lanes) {
         current = &threads[i];
         switch_context(scheduler, current->context);
+        current = nullptr;
       }
       finish_warp_instruction(first, last);
     }
@@ -275,6 +393,7 @@ static int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void
   body = kernel;
   dynamic_bytes = shared_bytes;
   dynamic_shared.resize(max_dynamic_shared + guard_bytes);
+  watch(static_shared, {dynamic_shared.data(), dynamic_bytes});
   threads.resize(n);
   while (stacks.size() < n) stacks.push_back(static_cast<char*>(aligned_alloc(64, stack_bytes)));
   random_order.seed(seed);
@@ -309,8 +428,6 @@ static inline T shuffle_from(unsigned mask, T value, int source, Site site) {
   memcpy(&value, &s.result, sizeof value);
   return value;
 }
-
-static void nothing(Shuffle* const*) {}
 
 static inline float bits_to_float(uint32_t bits) {
   float x;
@@ -363,6 +480,8 @@ static inline void mma(void (*shape)(Mma* const*), float* d, const uint32_t* a, 
 struct Ldmatrix {  // 8x8 matrices of 16-bit elements; lane 8 m + i gives the address of row i of matrix m
   const void* row;
   uint32_t* result;
+  const Thread* thread;
+  const void* code;
 };
 template <int matrices, bool trans>
 static void ldmatrix_by_warp(Ldmatrix* const* lanes) {
@@ -372,6 +491,7 @@ static void ldmatrix_by_warp(Ldmatrix* const* lanes) {
       const void* row = lanes[8 * m + i]->row;
       if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: row %d of matrix %d is not aligned to 16 bytes", i, m);
       if (!is_shared(row)) fail("ldmatrix: row %d of matrix %d is not in shared memory", i, m);
+      touch(row, 16, read, *lanes[8 * m + i]->thread, true, lanes[8 * m + i]->code);
       memcpy(x[i], row, 16);
     }
     for (int l = 0; l < 32; l++) {
@@ -382,16 +502,17 @@ static void ldmatrix_by_warp(Ldmatrix* const* lanes) {
 }
 template <int matrices, bool trans>
 static inline void ldmatrix(uint32_t* result, const void* row, Site site) {
-  Ldmatrix l{row, result};
+  Ldmatrix l{row, result, current, __builtin_return_address(0)};
   run_by_warp(ldmatrix_by_warp<matrices, trans>, l, site);
 }
 
 // ---- cp.async: `filled` of `bytes` come from memory, the rest is zero. Nothing arrives before the wait.
 
-static inline void cp_async(void* to, const void* from, int bytes, int filled, Site site) {
+CUDA_SHIM_UNCHECKED static inline void cp_async(void* to, const void* from, int bytes, int filled, Site site) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || (filled && reinterpret_cast<uintptr_t>(from) % bytes))
     fail("%s:%d: cp.async is not aligned to its %d bytes", site.file, site.line, bytes);
   if (!is_shared(to)) fail("%s:%d: cp.async does not write to shared memory", site.file, site.line);
+  touch(to, bytes, copy, *current, false, __builtin_return_address(0));
   memset(to, poison, bytes);
   current->uncommitted.push_back({to, from, bytes, filled});
 }
@@ -399,10 +520,11 @@ static inline void cp_async_commit() {
   current->groups.push_back(std::move(current->uncommitted));
   current->uncommitted.clear();
 }
-static inline void cp_async_wait(size_t groups_left) {
+CUDA_SHIM_UNCHECKED static inline void cp_async_wait(size_t groups_left) {
   auto& groups = current->groups;
   while (groups.size() > groups_left) {
     for (const Copy& c : groups.front()) {
+      arrived(c.to, c.bytes);
       memset(c.to, 0, c.bytes);
       if (c.filled) memcpy(c.to, c.from, c.filled);
     }
@@ -420,8 +542,8 @@ static inline void cp_async_wait(size_t groups_left) {
 static inline void __syncthreads(CUDA_SHIM_HERE) { shim::wait_at(shim::At::barrier, {file, line}); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_SHIM_HERE) {
   if (mask != 0xffffffffu) shim::fail("%s:%d: only full warps are supported", file, line);
-  shim::Shuffle none{};
-  shim::run_by_warp(shim::nothing, none, {file, line});
+  int none = 0;
+  shim::run_by_warp(shim::sync_warp, none, {file, line});
 }
 template <class T>
 static inline T __shfl_sync(unsigned mask, T value, int source, CUDA_SHIM_HERE) {

@@ -16,16 +16,23 @@ CUDA = TESTS.parent / "cuda"
 MARGIN = 64  # elements before and after a guarded tensor
 
 
-def compile_for_cpu(source: Path, folder: Path, *flags: str) -> Path:
-    """The shared library made of `source` with the shim in place of CUDA. Warnings are errors."""
+def compile_for_cpu(source: Path, folder: Path, *flags: str, races: bool = False) -> Path:
+    """The shared library made of `source` with the shim in place of CUDA. Warnings are errors. With `races`, a race on shared
+    memory ends the process."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    library = folder / f"{source.stem}.so"
+    library = folder / f"{source.stem}{'-races' * races}.so"
     # -ffp-contract=off: the same sums on every machine
     command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += ["-fPIC", "-shared", *flags, f"-I{TESTS}", f"-I{CUDA}", "-x", "c++", str(source), "-o", str(library)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    command += ["-fPIC", *flags, f"-I{TESTS}", f"-I{CUDA}", "-x", "c++", str(source)]
+    if not races:
+        commands = [[*command, "-shared", "-o", str(library)]]
+    else:  # the compiler's half of ThreadSanitizer alone: cuda_shim.h is the other
+        compiled = str(library.with_suffix(".o"))
+        commands = [[*command, "-g", "-fsanitize=thread", "-c", "-o", compiled], ["g++", "-shared", compiled, "-o", str(library)]]
+    for command in commands:
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
     return library
 
 

@@ -62,7 +62,7 @@ __global__ void product_ldmatrix(const bf16* A, const bf16* B, float* C) {
   const int lane = threadIdx.x;
   cp_async_16(&a[lane / 2][lane % 2 * 8], A + lane * 8);
   cp_async_commit();
-  cp_async_16(&b[lane % 16][0], B + lane % 16 * 8);
+  if (lane < 16) cp_async_16(&b[lane][0], B + lane * 8);
   cp_async_commit();
   if (wait) {
     cp_async_wait<1>();
@@ -184,3 +184,77 @@ __global__ void copy_without_wait(const void* from) {
 }
 extern "C" int stop_never_waited() { return launch(copy_without_wait<true>, 1, 1, 0, nullptr, (const void*)outside); }
 extern "C" int stop_never_committed() { return launch(copy_without_wait<false>, 1, 1, 0, nullptr, (const void*)outside); }
+
+// Races, which are stopped only in a library compiled to look for them.
+
+// Thread 0 writes and then another, in the warp `apart` from it, reads; or the reverse.
+enum Between { NOTHING, SHUFFLE, WARP, BLOCK };
+template <bool write_first, Between between>
+__global__ void two_accesses(int apart, float* to) {
+  __shared__ float x[2];
+  const bool first = threadIdx.x == 0, second = static_cast<int>(threadIdx.x) == 1 + 32 * apart;
+  if (first && write_first) x[0] = 1.f;
+  if (first && !write_first) to[0] = x[0];
+  if (between == SHUFFLE) __shfl_xor_sync(0xffffffffu, 0, 1);
+  if (between == WARP) __syncwarp();
+  if (between == BLOCK) __syncthreads();
+  if (second && write_first) to[0] = x[0];
+  if (second && !write_first) x[0] = 1.f;
+}
+static float somewhere[64];
+template <bool write_first, Between between>
+static int run_two_accesses(int apart) {
+  return launch(two_accesses<write_first, between>, 1, 64, 0, nullptr, apart, (float*)somewhere);
+}
+extern "C" int run_a_warp_in_step() { return run_two_accesses<true, WARP>(0) | run_two_accesses<false, WARP>(0); }
+extern "C" int run_a_block_in_step() { return run_two_accesses<true, BLOCK>(1) | run_two_accesses<false, BLOCK>(1); }
+extern "C" int stop_read_after_write() { return run_two_accesses<true, NOTHING>(0); }
+extern "C" int stop_write_after_read() { return run_two_accesses<false, NOTHING>(0); }
+extern "C" int stop_only_a_shuffle_between() { return run_two_accesses<true, SHUFFLE>(0); }
+extern "C" int stop_read_of_another_warp() { return run_two_accesses<true, WARP>(1); }
+extern "C" int stop_write_after_read_of_another_warp() { return run_two_accesses<false, WARP>(1); }
+
+__global__ void two_writes(float* to) {
+  __shared__ float x;
+  x = 1.f;
+  __syncwarp();
+  to[threadIdx.x] = x;
+}
+extern "C" int stop_two_writes() { return launch(two_writes, 1, 32, 0, nullptr, (float*)somewhere); }
+
+// A lane's own words, then a matrix of all lanes' words.
+template <bool in_step>
+__global__ void matrix_of_all(uint32_t* to) {
+  __shared__ __align__(16) uint32_t x[32];
+  x[threadIdx.x] = threadIdx.x;
+  if (in_step) __syncwarp();
+  uint32_t mine;
+  ldmatrix<1>(&mine, x + threadIdx.x % 8 * 4);
+  to[threadIdx.x] = mine;
+}
+extern "C" int run_matrix_of_all() { return launch(matrix_of_all<true>, 1, 32, 0, nullptr, (uint32_t*)somewhere); }
+extern "C" int stop_matrix_too_early() { return launch(matrix_of_all<false>, 1, 32, 0, nullptr, (uint32_t*)somewhere); }
+
+// Every lane copies 16 bytes, and reads those of a neighbour or its own; then 16 more come to the same place.
+template <bool wait, bool in_step, bool in_step_again>
+__global__ void copies(const float* from, int neighbour, float* to) {
+  __shared__ __align__(16) float x[32][4];
+  for (int i = 0; i < 2; i++) {
+    cp_async_16(x[threadIdx.x], from);
+    cp_async_commit();
+    if (wait) cp_async_wait<0>();
+    if (in_step) __syncwarp();
+    to[threadIdx.x] = x[threadIdx.x ^ neighbour][0];
+    if (in_step_again) __syncwarp();
+  }
+  cp_async_wait<0>();
+}
+template <bool wait, bool in_step, bool in_step_again>
+static int run_copies(int neighbour) {
+  return launch(copies<wait, in_step, in_step_again>, 1, 32, 0, nullptr, (const float*)outside, neighbour, (float*)somewhere);
+}
+extern "C" int run_own_copies() { return run_copies<true, false, false>(0); }
+extern "C" int run_others_copies() { return run_copies<true, true, true>(1); }
+extern "C" int stop_own_copy_too_early() { return run_copies<false, true, true>(0); }
+extern "C" int stop_waited_for_by_another_lane() { return run_copies<true, false, true>(1); }
+extern "C" int stop_copy_over_what_is_read() { return run_copies<true, true, false>(1); }

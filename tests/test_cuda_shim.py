@@ -22,6 +22,11 @@ def lib(library):
     return ctypes.CDLL(str(library))
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    return compile_for_cpu(TESTS / "cuda_shim_cases.cu", tmp_path_factory.mktemp("races"), races=True)
+
+
 def run(lib, name: str, inputs, output_shape: tuple[int, ...], seed: int) -> torch.Tensor:
     output = torch.full(output_shape, torch.nan)
     lib.cuda_shim_seed(seed)
@@ -96,9 +101,44 @@ def test_bf16_rounds_to_nearest_even_and_ex2_flushes_to_zero(lib):
     ],
 )
 def test_a_wrong_program_is_stopped(library, case, message):
+    assert_stopped(library, case, message)
+
+
+def assert_stopped(library, case, message):
     code = f"""
 import ctypes, resource
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 ctypes.CDLL({str(library)!r}).stop_{case}()"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0 and message in result.stderr, result
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_programs_without_races_pass_the_search_for_them(watched, seed):
+    lib = ctypes.CDLL(str(watched))
+    x, a, b = torch.randn(768), torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16()
+    assert torch.equal(run(lib, "run_reverse", [x[:64]], (64,), seed), x[:64].flip(0))
+    torch.testing.assert_close(run(lib, "run_block_sum", [x], (6,), seed), x.view(6, 128).sum(1))
+    product = run(lib, "run_product_ldmatrix", [a, b], (16, 8), seed)
+    torch.testing.assert_close(product, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+    for name in ("a_warp_in_step", "a_block_in_step", "matrix_of_all", "own_copies", "others_copies"):
+        assert getattr(lib, f"run_{name}")() == 0
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("read_after_write", "of static shared memory, with no barrier since it was written by thread 0"),
+        ("write_after_read", "with no barrier since it was read by thread 0"),
+        ("only_a_shuffle_between", "race: thread 1 reads"),
+        ("read_of_another_warp", "race: thread 33 reads"),
+        ("write_after_read_of_another_warp", "race: thread "),
+        ("two_writes", "race: thread 1 writes"),
+        ("matrix_too_early", "race: thread 0 reads"),
+        ("own_copy_too_early", "the target of a cp.async not waited for, by thread 0"),
+        ("waited_for_by_another_lane", "race: thread "),
+        ("copy_over_what_is_read", "race: thread "),
+    ],
+)
+def test_a_race_is_stopped(watched, case, message):
+    assert_stopped(watched, case, message)

@@ -1,0 +1,91 @@
+"""No kernel of cuda/ has a race on shared memory: the shim looks at every access of every thread, in several orders of them.
+
+A race ends the process that has it, so each kernel runs in one of its own, which this file is the program of.
+"""
+
+import ctypes
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_shim import CUDA, TESTS, compile_for_cpu, make_inputs
+
+from rwkv_bone.ops import bone_cuda, wkv6_cuda
+
+FP32, BF16 = torch.float32, torch.bfloat16
+pytestmark = pytest.mark.slow
+
+
+def call(function, *arguments) -> None:
+    """Call a launching function with tensors as addresses."""
+    assert function(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), None) == 0
+
+
+def run_chunk(lib: ctypes.CDLL) -> None:
+    for w_dtype in (BF16, FP32):
+        for segments, T in ((1, 100), (3, 144)):
+            inputs, gy, g_final = make_inputs(2, T, 1, 64, dtype=BF16, w_dtype=w_dtype)
+            outputs, g_u, state = [x.clone() for x in inputs[:4]], torch.empty(2, 64), torch.empty(2, 1, 64, 64)
+            sizes = (wkv6_cuda.DTYPES[w_dtype], 2, T, 1)
+            saved = torch.empty(wkv6_cuda.saved_shape(gy, "chunk"))
+            scratch = torch.empty(lib.wkv6_chunk_scratch_bytes(2, 1, segments), dtype=torch.uint8)
+            call(lib.wkv6_chunk_forward, *sizes, *inputs, outputs[0], state, saved, scratch, segments)
+            call(lib.wkv6_chunk_backward, *sizes, *inputs[:5], saved, gy, g_final, *outputs, g_u, state, scratch, segments)
+
+
+def run_sequential(lib: ctypes.CDLL) -> None:
+    for N in (8, 16, 40, 64, 128):
+        inputs, gy, g_final = make_inputs(2, 50, 1, N)
+        outputs, g_u, state = [x.clone() for x in inputs[:4]], torch.empty(2, N), torch.empty(2, 1, N, N)
+        sizes = (0, 0, *gy.shape)
+        scratch = torch.empty(lib.wkv6_sequential_scratch(*gy.shape) // 4)
+        call(lib.wkv6_sequential_forward, *sizes, *inputs, outputs[0], state)
+        call(lib.wkv6_sequential_backward, *sizes, *inputs, gy, g_final, *outputs, g_u, state, scratch)
+
+
+def run_bone(lib: ctypes.CDLL) -> None:
+    for in_, out, r in ((64, 128, 64), (4096, 16, 8), (48, 104, 24), (2048, 4096, 2048)):
+        x, u, y = torch.randn(2, in_).to(BF16), torch.randn(2, in_).to(BF16), torch.randn(2, out).to(BF16)
+        call(lib.bone_forward, 2, in_, out, r, x, u, y)
+        call(lib.bone_backward, 2, in_, out, r, y, x, u)
+
+
+KERNELS = {
+    "wkv6_chunk": (wkv6_cuda.declare, run_chunk),
+    "wkv6_sequential": (wkv6_cuda.declare, run_sequential),
+    "bone": (bone_cuda.declare, run_bone),
+}
+
+
+def search(source: Path, name: str, folder: Path) -> subprocess.CompletedProcess:
+    library = compile_for_cpu(source, folder, races=True)
+    command = [sys.executable, __file__, name, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": f"{TESTS.parent}", "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_has_no_race(name, tmp_path):
+    result = search(CUDA / f"{name}.cu", name, tmp_path)
+    assert result.returncode == 0 and result.stdout == f"{name}: searched\n", result.stderr
+
+
+@pytest.mark.parametrize("name, barrier", [("wkv6_chunk", "__syncwarp();"), ("wkv6_sequential", "__syncthreads();")])
+def test_a_barrier_left_out_is_found(name, barrier, tmp_path):
+    source = tmp_path / f"{name}.cu"
+    source.write_text((CUDA / f"{name}.cu").read_text().replace(barrier, ";", 1))
+    result = search(source, name, tmp_path)
+    assert result.returncode != 0 and "cuda shim: race: thread" in result.stderr
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    kernel, path = sys.argv[1:]
+    declare, run = KERNELS[kernel]
+    library = declare(ctypes.CDLL(path))
+    for seed in range(3):
+        library.cuda_shim_seed(seed)
+        run(library)
+    print(f"{kernel}: searched")
