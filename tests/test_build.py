@@ -123,6 +123,13 @@ def test_a_broken_source_gives_the_first_error_and_the_log(answer, tmp_path):
     assert not list(tmp_path.glob("*.so")) and not list(tmp_path.glob("*.build-*"))
 
 
+def test_what_nvcc_calls_fatal_is_told(answer, tmp_path):
+    refusal = "nvcc fatal   : Unsupported gpu architecture 'compute_121'"
+    compiler = counting_compiler(tmp_path, before=f'echo "{refusal}"; exit 1')
+    with pytest.raises(UserError, match=rf"answer did not compile: {refusal}; full log: "):
+        build_answer(answer, tmp_path, str(compiler))
+
+
 def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(UserError, match=r"source of answer is missing: .*gone.cpp; reinstall"):
         build.build("answer", [build.Object(tmp_path / "gone.cpp")], build.cxx_compiler(), cache=tmp_path)

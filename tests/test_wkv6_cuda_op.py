@@ -1,6 +1,8 @@
 """The op's CUDA side without a GPU: its calls into both kernels, run on the CPU by the shim, and the build with nvcc."""
 
+import contextlib
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,16 @@ def test_nvcc_is_taken_from_cuda_home_before_path(monkeypatch, tmp_path):
     assert wkv6_cuda.nvcc() == str(tmp_path / "path" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert wkv6_cuda.nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
+
+
+def test_a_driver_older_than_nvcc_is_told_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(wkv6_cuda, "nvcc", lambda: "/opt/cuda-14/bin/nvcc")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    insufficient_driver = 35
+    with pytest.raises(UserError, match=r"/opt/cuda-14/bin/nvcc, which is newer than.*CUDA_HOME to a toolkit of CUDA 12\.8"):
+        wkv6_cuda.run(lambda *arguments: insufficient_driver, torch.device("cuda:0"))
 
 
 def test_an_old_gpu_is_refused():

@@ -191,7 +191,7 @@ def _run_ninja(name, library: Path, objects: Sequence[Object], compiler, flags, 
 
 def _first_error(log: str) -> str:
     for line in log.splitlines():
-        if re.search(r"\berror\b|undefined reference|No space left|not found|Killed", line, re.IGNORECASE):
+        if re.search(r"\berror\b|\bfatal\b|undefined reference|No space left|not found|Killed", line, re.IGNORECASE):
             return line.strip()
     return log.strip().splitlines()[-1] if log.strip() else "no output"
 

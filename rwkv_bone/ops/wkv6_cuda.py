@@ -23,6 +23,7 @@ from rwkv_bone.ops import build
 CHUNK = 16  # tokens; L in cuda/wkv6_chunk.cu
 CHECKPOINT = (64 * 64 + 16 * 16) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) there
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: what nvcc links needs a driver of its own version
 
 
 def choose(dtype: torch.dtype, N: int) -> str:
@@ -109,10 +110,18 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def run(function, device: torch.device, *arguments) -> None:
-    """Call a launching function: on `device` and its current stream, tensors as addresses, an error code as an exception."""
+    """Call a launching function: on `device` and its current stream, tensors as addresses, an error code as an exception.
+
+    The libraries hold a CUDA runtime of their own (nvcc's default), which works in torch's context and on its streams.
+    """
     addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
     with torch.cuda.device(device):
         code = function(*addresses, torch.cuda.current_stream(device).cuda_stream)
+    if code == DRIVER_TOO_OLD:
+        raise UserError(
+            f"the CUDA kernels were built by {nvcc()}, which is newer than this GPU's driver: set CUDA_HOME to a toolkit of "
+            f"CUDA {torch.version.cuda}, which torch runs with, or update the driver, {build.WITHOUT_COMPILER}"
+        )
     if code != 0:
         raise torch.cuda.CudaError(code)
 
