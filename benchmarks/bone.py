@@ -7,7 +7,7 @@ One run measures all of them in turn, several times, and takes each one's least 
 and MiSS and r = 32 for LoRA have the same number of parameters on a square projection. LoRA and MiSS are also Hugging Face peft's
 where it is installed (test extra). Extra memory is the peak of what forward and backward allocate beside x, g, weight and
 adapter, with the gradients that remain. On the CPU it is counted by watching the tensors that operations make. With one CPU
-thread, the thread's own time is taken, so that other programs on the machine count little.
+thread, the thread's own time is taken, so that other programs on the machine count little. On a GPU it is the GPU's own time.
 """
 
 import argparse
@@ -128,13 +128,17 @@ def extra_memory(layer: nn.Module, x: Tensor, g: Tensor) -> int:
 
 
 def seconds(layer: nn.Module, x: Tensor, g: Tensor) -> float:
-    now = time.thread_time if not x.is_cuda and torch.get_num_threads() == 1 else time.perf_counter
     if x.is_cuda:
-        torch.cuda.synchronize()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(20_000_000)  # about 10 ms, in which Python queues the step: a training's step is queued in time too
+        began.record()
+        step(layer, x, g)
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = now()
     step(layer, x, g)
-    if x.is_cuda:
-        torch.cuda.synchronize()
     return now() - start
 
 

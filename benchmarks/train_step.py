@@ -137,10 +137,13 @@ def main() -> None:
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     results = {}
     for variant in VARIANTS:
-        line = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--variant", variant], check=True, capture_output=True, text=True
-        ).stdout
-        results[variant] = json.loads(line.splitlines()[-1])
+        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, text=True)
+        if run.returncode == 0:
+            results[variant] = json.loads(run.stdout.splitlines()[-1])
+        elif variant == "ours":
+            sys.exit(run.stderr)
+        else:  # out of memory, or peft is not installed
+            print(f"without {variant}: {(run.stderr.strip().splitlines() or [f'exit status {run.returncode}'])[-1][:200]}")
     tokens, ours = args.micro_bsz * args.ctx_len, results["ours"]
     print(f"{'':14}{'s/step':>8}{'tokens/s':>10}{'time':>7}{'step memory':>13}{'memory':>8}{'trained':>12}")
     for name, r in results.items():

@@ -113,6 +113,43 @@ def test_the_op_runs_on_the_current_stream(dtype, N):
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype, N", [(FP32, 128), (BF16, 64)])
+def test_the_op_runs_on_the_device_of_its_tensors(dtype, N):
+    """While another is the current one; both kernels ask for more than 48 KB of shared memory, which each device grants."""
+    inputs, gy, g_final = make_inputs(2, 100, 3, N, dtype=dtype)
+    results = []
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        leaves = [x.to(device).requires_grad_() for x in inputs]
+        y, final_state = wkv6(*leaves)
+        grads = torch.autograd.grad((y, final_state), leaves, (gy.to(device), g_final.to(device)))
+        assert torch.cuda.current_device() == 0 and y.device == grads[0].device == torch.device(device)
+        results.append([x.cpu() for x in (y, final_state, *grads)])
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+@pytest.mark.parametrize("dtype, N", [(FP32, 128), (BF16, 64)])
+def test_a_cuda_graph_captures_the_op(dtype, N):
+    inputs, gy, g_final = make_inputs(1, 600, 3, N, dtype=dtype)
+    inputs, gy, g_final = to_gpu(inputs), *to_gpu((gy, g_final))
+
+    def both():
+        y, final_state, saved = wkv6_cuda.forward(*inputs, save=True)
+        return y, final_state, *wkv6_cuda.backward(*inputs[:5], saved, gy, g_final)
+
+    want = both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    for x in got:
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("dtype, N", [(FP32, 8), (BF16, 64)])
 @pytest.mark.parametrize("cut", [1, 16, 37])
 def test_two_pieces_with_the_state_carried_equal_the_whole(dtype, N, cut):
