@@ -135,7 +135,7 @@ static int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();  // which is forgotten then, and not told again of the next launch
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();

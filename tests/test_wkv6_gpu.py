@@ -73,7 +73,7 @@ def test_without_states_they_are_zeros(kernel, dtype, w_dtype, gate):
 
 @pytest.mark.parametrize("kernel, dtype, w_dtype, gate", [*SEQUENTIAL, *CHUNK])
 def test_sanitizer_case(kernel, dtype, w_dtype, gate):
-    inputs = make_inputs(2, 300, 2, 64, "normal", dtype, w_dtype)
+    inputs = make_inputs(2, 600, 2, 64, "normal", dtype, w_dtype)  # in two segments, the last chunk half full
     assert_equals_reference(kernel, gate, *inputs)
 
 
