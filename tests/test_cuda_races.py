@@ -26,7 +26,7 @@ def call(function, *arguments) -> None:
 
 def run_chunk(lib: ctypes.CDLL) -> None:
     for w_dtype in (BF16, FP32):
-        for segments, T in ((1, 100), (3, 144)):
+        for segments, T in ((1, 100), (2, 150)):  # each slot of the buffers is used again
             inputs, gy, g_final = make_inputs(2, T, 1, 64, dtype=BF16, w_dtype=w_dtype)
             outputs, g_u, state = [x.clone() for x in inputs[:4]], torch.empty(2, 64), torch.empty(2, 1, 64, 64)
             sizes = (wkv6_cuda.DTYPES[w_dtype], 2, T, 1)
