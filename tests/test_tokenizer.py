@@ -167,6 +167,9 @@ def test_auto_chooses_by_vocabulary(bpe):
         open_tokenizer("byte", 65536)
     with pytest.raises(UserError, match="utf-8 or utf-16-le"):
         open_tokenizer("byte", 256, encoding="latin-1")
+    for spec, size in (("auto", 65536), ("world", 65536), (bpe, 300)):  # not passed over in silence
+        with pytest.raises(UserError, match=f"--encoding utf-16-le is for bytes .*, not for a vocabulary of {size}"):
+            open_tokenizer(spec, size, encoding="utf-16-le")
     with pytest.raises(UserError, match="ids up to 65529, but the model's vocabulary is 60000"):
         open_tokenizer("world", 60000)
     with pytest.raises(UserError, match="but the model's vocabulary is 200"):

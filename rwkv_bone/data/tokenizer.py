@@ -64,7 +64,7 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, vocab_size: int = 256, encoding: str = "utf-8"):
         if vocab_size not in (256, 257):
-            raise UserError(f"bytes make a vocabulary of 256 or 257, not {vocab_size}")
+            raise UserError(f"bytes make a vocabulary (--vocab_size) of 256 or 257, not {vocab_size}")
         if encoding not in ("utf-8", "utf-16-le"):
             raise UserError(f"encoding {encoding!r}: a byte tokenizer has utf-8 or utf-16-le")
         self.vocab_size, self.encoding = vocab_size, encoding
@@ -215,6 +215,8 @@ def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None,
         spec = known
     if spec == "byte":
         return ByteTokenizer(vocab_size, encoding)
+    if encoding != "utf-8":
+        raise UserError(f"--encoding {encoding} is for bytes (a vocabulary of 256 or 257), not for a vocabulary of {vocab_size}")
     if spec == "world":
         return WorldTokenizer(vocab_file, vocab_size)
     if not os.path.isfile(spec):
