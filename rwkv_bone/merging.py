@@ -76,8 +76,9 @@ class Effect:
         return Effect(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
     def __str__(self) -> str:
+        size = "new" if self.update and not self.weight else f"{ratio(self.update, self.weight):.3%}"  # an initial state
         return (
-            f"{self.tensors:7} {ratio(self.update, self.weight):12.3%} {ratio(self.lost, self.update):12.3%} "
+            f"{self.tensors:7} {size:>12} {ratio(self.lost, self.update):12.3%} "
             f"{self.vanished / max(self.moved, 1):12.3%}"
         )
 
@@ -191,6 +192,11 @@ class Merge:
         if lines:
             lines.append("           update: its size, relative to the weight's; lost: size of the rounding error, relative to")
             lines.append("           the update's; unmoved: share of the entries with an update that rounding put back")
+        for adapter, effects in zip(self.adapters, self.effects):
+            total = sum(effects.values(), Effect())
+            if total.lost > total.update / 4:  # of squares: half of the size
+                share = ratio(total.lost, total.update)
+                lines.append(f"note       rounding took {share:.0%} of {adapter.path}'s update; --dtype fp32 keeps it")
         return "\n".join(lines)
 
 

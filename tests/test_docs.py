@@ -184,7 +184,7 @@ def test_what_cannot_run_here_is_what_its_programs_take(tmp_path):
             script.remove("...")
             assert TrainConfig.from_argv([*script, "--data_file", "x"]).num_nodes == 2
         if begin == "torchrun":
-            words[words.index("...")] = "--r"  # the flag of ours that torchrun finds ambiguous unless it is told where its own end
+            words[words.index("...")] = "--r"  # ambiguous to torchrun, unless it is told where its own flags end
             launcher = pytest.importorskip("torch.distributed.run").get_args_parser().parse_args(words[1:])
             assert (launcher.training_script, launcher.nnodes, launcher.nproc_per_node) == ("train.py", "2", "8")
     (script,) = re.findall(r"^ {4}#!/bin/bash\n(?: {4}.*\n)+", PAGES["engines.md"], re.M)

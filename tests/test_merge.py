@@ -166,6 +166,17 @@ def test_the_rwkv_package_gives_the_merged_file_the_logits_of_base_plus_adapter(
 # ---------------------------------------------------------------- what is said
 
 
+@pytest.mark.parametrize(("step", "dtype", "noted"), [(1e-4, "bf16", True), (1e-4, "fp32", False), (0.1, "bf16", False)])
+def test_an_update_that_rounding_mostly_takes_is_noted_with_the_cure(step, dtype, noted, base, tmp_path, capsys):
+    head = open_tensors(base)["head.weight"].float()
+    info = {"method": "none", "options": {}, "base": {"fingerprint": fingerprint(open_tensors(base))}}
+    save_adapter(tmp_path / "a.pth", {"head.weight": head * (1 + step)}, info)
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth", "--dtype", dtype)
+    note = f"note       rounding took 100% of {tmp_path / 'a.pth'}'s update; --dtype fp32 keeps it"
+    printed = capsys.readouterr().out
+    assert (note in printed, "note " in printed) == (noted, noted)
+
+
 def test_the_report_gives_what_rounding_lost(paths, capsys):
     run(*arguments(paths))
     printed = capsys.readouterr().out
@@ -287,13 +298,14 @@ def test_the_second_adapter_must_have_been_trained_on_the_merge_of_the_first(bas
     run(*argv, tmp_path / "sibling.pth", tmp_path / "stranger.pth", "--force")
 
 
-def test_a_state_tuned_adapter_adds_its_tensors_in_the_models_order(base, tmp_path):
+def test_a_state_tuned_adapter_adds_its_tensors_in_the_models_order(base, tmp_path, capsys):
     tensors = open_tensors(base)
     states = {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8) for i in (0, 1)}
     save_adapter(tmp_path / "s.pth", states, {"method": "none", "options": {}, "base": {"fingerprint": fingerprint(tensors)}})
     torch.save(states, tmp_path / "foreign.pth")
     for name in ("s", "foreign"):
         run("--base_model", base, "--state_checkpoint", tmp_path / f"{name}.pth", "--output", tmp_path / f"{name}_m.pth")
+        assert re.search(r"\n +time +2 +new ", capsys.readouterr().out)  # the base has none to compare with
         config, merged = open_model(tmp_path / f"{name}_m.pth")
         assert list(merged) == list(config.shapes())
         assert config.time_state

@@ -1,6 +1,7 @@
 """train.py as a user runs it: what it says, what it writes, that it learns, and refuses bad input."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,23 @@ def test_before_the_first_step_all_that_matters_is_printed(world, finished):
         "ffn.value",
         "fp32",
         "memory",
-        "rwkv-2.pth",
+        "rwkv-2.pth and before it one every epoch; checkpoints",
     ):
         assert text in out, out
     assert "\r" not in out and "\x1b" not in out  # not a terminal: no control codes
+
+
+def test_a_first_loss_above_that_of_guessing_is_warned_of_once(world, finished):
+    folder = world / "surely wrong"
+    folder.mkdir()
+    tensors = open_tensors(world / "base.pth")
+    save_tensors(folder / "base.pth", {n: t * (100 if n == "head.weight" else 1) for n, t in tensors.items()})
+    (folder / "data.jsonl").write_text((world / "data.jsonl").read_text())
+    said = train(folder, "--lr_init", "1e-4", "--epoch_steps", 2)
+    first = json.loads((folder / "run/loss_data.jsonl").read_text().splitlines()[0])["loss"]
+    assert first > 1.1 * math.log(257)
+    assert said.count(f"warning: the first loss, {first:.2f}, is above that of guessing, 5.55: was the model trained") == 1
+    assert "rwkv-0.pth; checkpoints" in said and "warning" not in finished
 
 
 def test_the_device_line_names_what_was_chosen(world):

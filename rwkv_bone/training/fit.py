@@ -110,7 +110,9 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
     detail = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
     lines.append(f"memory     about {in_words(sum(parts.values()))} a device: {detail}")
     last = config.epoch_begin + config.epoch_count - 1
-    lines.append(f"files      {Path(config.proj_dir) / f'rwkv-{last}.pth'} and before it every {config.epoch_save} epochs; "
+    often = "epoch" if config.epoch_save == 1 else f"{config.epoch_save} epochs"
+    earlier = f" and before it one every {often}" if config.epoch_save < config.epoch_count else ""
+    lines.append(f"files      {Path(config.proj_dir) / f'rwkv-{last}.pth'}{earlier}; "
                  f"checkpoints, train_log.txt, loss_data.jsonl and metrics beside it")  # fmt: skip
     return "\n".join(lines)
 

@@ -129,6 +129,8 @@ class Records(L.Callback):
             self.write("loss_data.jsonl", json.dumps(line))
             self.to_loggers(trainer, line)
             self.progress.update(record)
+            if record.step == 1 and config.load_model:
+                self.doubt_the_tokenizer(record, module.model.config.vocab_size)
         finished = record.step == module.total_steps or module.ended_early
         epoch_ended = finished or record.step % module.data.steps_per_epoch(trainer.world_size) == 0
         if epoch_ended:
@@ -154,6 +156,14 @@ class Records(L.Callback):
     def write(self, name: str, line: str) -> None:
         self.logs[name].write(line + "\n")
         self.logs[name].flush()
+
+    @staticmethod
+    def doubt_the_tokenizer(record: StepRecord, vocab_size: int) -> None:
+        """A trained model that does worse than one that knows nothing reads tokens that are not its own."""
+        guessing = math.log(vocab_size)
+        if record.loss is not None and record.loss > 1.1 * guessing:
+            print(f"warning: the first loss, {record.loss:.2f}, is above that of guessing, {guessing:.2f}: was the model trained "
+                  "with another tokenizer? (--tokenizer, --vocab_file, --encoding)", flush=True)  # fmt: skip
 
     def to_loggers(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
         for logger in trainer.loggers:
