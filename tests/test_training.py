@@ -1,7 +1,9 @@
 """train.py as a user runs it: what it says, what it writes, that it learns, and refuses bad input."""
 
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.plot import read_run
+from rwkv_bone.training.module import StepRecord
+from rwkv_bone.training.progress import Progress, say
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world, run_to_end
 
@@ -64,6 +68,21 @@ def test_a_first_loss_above_that_of_guessing_is_warned_of_once(world, finished):
     assert first > 1.1 * math.log(257)
     assert said.count(f"warning: the first loss, {first:.2f}, is above that of guessing, 5.55: was the model trained") == 1
     assert "rwkv-0.pth; checkpoints" in said and "warning" not in finished
+
+
+def test_on_a_terminal_what_is_said_stands_on_a_line_of_its_own_above_the_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    progress = Progress(0, 2)
+    progress.update(StepRecord(step=1, epoch=0, loss=1.0, lr=1e-3, grad_norm=1.0, trained=8, tokens=8, seconds=1.0))
+    progress.bar.refresh()
+    say("validation: 1.5")
+    progress.close()
+    rows = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
+    assert "loss 1.0" in terminal.getvalue() and "validation: 1.5" in rows, rows
 
 
 def test_the_device_line_names_what_was_chosen(world):

@@ -16,6 +16,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def say(text: str) -> None:
+    """A line of its own, above the bar where there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 class Progress:
     """Shows one step after the other: loss (smoothed), lr, real tokens/s, time to go."""
 

@@ -24,7 +24,7 @@ from ..models.x060 import RWKV
 from ..peft import adapter_tensors
 from . import resume
 from .module import FineTune, StepRecord
-from .progress import Progress
+from .progress import Progress, say
 
 LOGS = ("loss_data.jsonl", "train_log.txt")
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a SLURM job asks to be sent before its time is up
@@ -129,8 +129,8 @@ class Records(L.Callback):
             self.write("loss_data.jsonl", json.dumps(line))
             self.to_loggers(trainer, line)
             self.progress.update(record)
-            if record.step == 1 and config.load_model:
-                self.doubt_the_tokenizer(record, module.model.config.vocab_size)
+            if config.load_model and not self.progress.start and self.progress.losses == 1 and record.loss is not None:
+                self.doubt_the_tokenizer(record.loss, module.model.config.vocab_size)
         finished = record.step == module.total_steps or module.ended_early
         epoch_ended = finished or record.step % module.data.steps_per_epoch(trainer.world_size) == 0
         if epoch_ended:
@@ -147,7 +147,7 @@ class Records(L.Callback):
             self.interrupted = True
             path = self.save_result(module, "rwkv-interrupted.pth")
             if self.rank_zero:
-                print(f"stopped after step {module.step}; saved {path}; --resume auto goes on from here", flush=True)
+                say(f"stopped after step {module.step}; saved {path}; --resume auto goes on from here")
             trainer.should_stop = True
         trainer.should_stop = trainer.should_stop or module.ended_early
         if finished or self.interrupted:
@@ -158,12 +158,12 @@ class Records(L.Callback):
         self.logs[name].flush()
 
     @staticmethod
-    def doubt_the_tokenizer(record: StepRecord, vocab_size: int) -> None:
+    def doubt_the_tokenizer(loss: float, vocab_size: int) -> None:
         """A trained model that does worse than one that knows nothing reads tokens that are not its own."""
         guessing = math.log(vocab_size)
-        if record.loss is not None and record.loss > 1.1 * guessing:
-            print(f"warning: the first loss, {record.loss:.2f}, is above that of guessing, {guessing:.2f}: was the model trained "
-                  "with another tokenizer? (--tokenizer, --vocab_file, --encoding)", flush=True)  # fmt: skip
+        if loss > 1.1 * guessing:
+            say(f"warning: the first loss, {loss:.2f}, is above that of guessing, {guessing:.2f}: was the model trained "
+                "with another tokenizer? (--tokenizer, --vocab_file, --encoding)")  # fmt: skip
 
     def to_loggers(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
         for logger in trainer.loggers:
