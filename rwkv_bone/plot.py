@@ -55,21 +55,24 @@ def read_run(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def smooth(values: np.ndarray, weights: np.ndarray, window: int) -> np.ndarray:
-    """Weighted means around each value, which fall off evenly to zero `window` values away; NaN where a value is not finite.
+    """Weighted means around each value, which fall off evenly to zero about `window` values away; NaN where it is not finite.
 
-    Moving sums of `window` values, twice, of the weighted values and of the weights.
+    Moving sums of an odd number of values, twice, of the weighted values and of the weights: with nothing beyond the ends.
     """
+    half = window // 2
     good = np.isfinite(values) & (weights > 0)
-    at = np.arange(len(values))
-    low, high = np.maximum(at - window // 2, 0), np.minimum(at + (window + 1) // 2, len(values))
 
     def around(x: np.ndarray) -> np.ndarray:
-        sums = np.concatenate([[0.0], np.cumsum(x)])
-        return sums[high] - sums[low]
+        x = np.pad(x, 2 * half)  # room for what the first sums spread beyond the ends
+        for _ in range(2):
+            sums = np.pad(np.cumsum(x), (half + 1, half), mode="edge")
+            sums[: half + 1] = 0
+            x = sums[2 * half + 1 :] - sums[: len(x)]
+        return x[2 * half : len(x) - 2 * half]
 
-    near = np.isfinite(values) & (around(around(good.astype(float))) > 0)
-    total = around(around(np.where(good, weights, 0)))
-    mean = around(around(np.where(good, values, 0) * np.where(good, weights, 0))) / np.where(near, total, 1)
+    near = np.isfinite(values) & (around(good.astype(float)) > 0)
+    total = around(np.where(good, weights, 0))
+    mean = around(np.where(good, values, 0) * np.where(good, weights, 0)) / np.where(near, total, 1)
     return np.where(near, mean, np.nan)
 
 

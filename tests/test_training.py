@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, save_tensors
+from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, read_adapter, save_tensors
+from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.plot import read_run
+from rwkv_bone.training.loader import TrainingData
 from rwkv_bone.training.module import StepRecord
 from rwkv_bone.training.progress import Progress, say
 from rwkv_bone.training.run import main
@@ -45,6 +47,7 @@ def test_before_the_first_step_all_that_matters_is_printed(world, finished):
         f"vocabulary 257, {base_size:,} parameters",
         "2 layers, n_embd 32",
         "24 documents",
+        "data       tokenizer: bytes of utf-8\n",
         "18 = 3 epochs of 6",
         "bone: W'_ij = W_ij + W_ij B_j + B_j; r=8",
         "att.key",
@@ -90,9 +93,18 @@ def test_the_device_line_names_what_was_chosen(world):
         (found,) = [line for line in train(world, "--dry_run", *flags, name="dry").splitlines() if line.startswith("device ")]
         return found
 
-    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 threads")
+    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 thread")
     assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
     assert "engine: ddp" in line("--devices", 2)
+
+
+def test_the_last_lines_name_what_came_out_and_what_to_do_with_it(world):
+    whole = train(world, "--peft", "none", "--epoch_steps", 1, name="model").splitlines()[-2:]
+    assert whole[0].endswith(f"after step 1; {world}/model/rwkv-0.pth is what came out")
+    assert f"generate --model {world}/model/rwkv-0.pth" in whole[1]
+    state = train(world, "--train_type", "state", "--peft", "none", "--epoch_steps", 1, name="states").splitlines()
+    assert f"merge.py --base_model {world}/base.pth --peft_checkpoint {world}/states/rwkv-0.pth" in state[-1]
+    assert "method     state tuning: each layer's initial state trains" in state
 
 
 @pytest.mark.parametrize("kind", ["bone", "quantised", "state", "none"])
@@ -230,6 +242,56 @@ def test_a_step_without_a_trained_token_has_no_loss_and_spoils_no_mean(world, tm
     assert len(metrics) == 7
     assert "no picture" not in out
     assert np.isnan(read_run(world / "late")["loss"]).tolist() == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("seed", [0, -1])
+@pytest.mark.parametrize("epoch_steps, cure", [(0, "--loss_mask all"), (2, "--epoch_steps 2")])
+def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(world, tmp_path, epoch_steps, cure, seed):
+    """Every answer lies beyond ctx_len; or only one that the run does not come to, as it ends after two steps of one sample."""
+    last = 3 if epoch_steps else 90
+    rows = [{"question": "q" * (last if i == 5 else 90), "answer": f"{i} it is"} for i in range(6)]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--data_shuffle", 0, "--random_seed", seed]
+    ended = run_to_end(world, *flags, "--epoch_steps", epoch_steps, name="nothing")
+    assert ended.codes == [2], ended.said
+    refusal = ended.said.splitlines()[-1]
+    for words in ("nothing to train", "a larger --ctx_len, --dataload chunk, or --loss_mask all", cure):
+        assert words in refusal
+    assert not list((world / "nothing").glob("*.pth")) and not (world / "nothing" / "loss_data.jsonl").exists()
+    if epoch_steps:  # four steps more, and the trained sample is met
+        train(world, *flags, "--epoch_steps", 6, name=f"something{seed}")
+
+
+def test_the_order_of_the_samples_decides_whether_a_short_run_trains_anything(world, tmp_path):
+    rows = [{"question": "q" * (3 if i == 5 else 90), "answer": f"{i} it is"} for i in range(6)]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = arguments(world, "--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--epoch_steps", 2, "--epoch_count", 2)
+    config = TrainConfig.from_argv(flags)
+    data = TrainingData.open(config, 257)
+    outcomes = set()
+    for world_size in (1, 2):
+        for seed in range(12):
+            steps = [step for rank in range(world_size) for step in data.loader(rank, world_size, seed, 0, 4)]
+            meets = any(bool((micro["targets"] >= 0).any()) for step in steps for micro in step)
+            outcomes.add(meets)
+            if meets:
+                data.check_trained(world_size, seed)
+            else:
+                with pytest.raises(UserError, match="none of the samples in 4 steps holds a trained token"):
+                    data.check_trained(world_size, seed)
+    assert outcomes == {True, False}
+
+
+def test_an_adapter_says_what_read_its_text_and_how_its_base_was_kept(world, tmp_path):
+    train(world, "--quant", "int8", "--epoch_steps", 1, name="told")
+    _, info = read_adapter(world / "told" / "rwkv-0.pth")
+    assert info["tokenizer"] == {"kind": "byte", "encoding": "utf-8"} and info["quant"] == "int8"
+    assert json.loads((world / "told" / "rwkv-0.json").read_text()) == info
+    with BinidxWriter(tmp_path / "tokens", "uint16") as writer:
+        writer.add(list(range(1, 30)))
+    out = train(world, "--data_file", tmp_path / "tokens", "--data_type", "binidx", name="untold")
+    assert "tokenizer:" not in out  # nobody knows what made those tokens
+    assert not {"tokenizer", "quant"} & read_adapter(world / "untold" / "rwkv-0.pth")[1].keys()
 
 
 def test_held_out_data_without_a_trained_token_are_refused_before_the_first_step(world, tmp_path):

@@ -41,7 +41,12 @@ def test_the_logged_loss_is_that_of_the_held_out_documents_and_the_best_is_kept(
             total += torch.nn.functional.cross_entropy(model(idx[None, :-1])[0][0], idx[1:], reduction="sum").item()
         count += len(idx) - 1
     assert best["loss"] == pytest.approx(total / count, abs=1e-5) and best["tokens"] == count
-    assert "validation after step 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "validation after step 2" in out
+    done, following = out.splitlines()[-2:]
+    folder = world / "val"
+    assert done == f"done       after step 6; {folder}/rwkv-0.pth is what came out, {folder}/rwkv-best.pth the best by validation"
+    assert f"merge.py --base_model {world}/base.pth --peft_checkpoint {folder}/rwkv-best.pth --output" in following
 
 
 def test_patience_ends_a_run_that_gets_no_better_with_its_result(world):

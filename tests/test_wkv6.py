@@ -10,6 +10,7 @@ import torch
 from rwkv_bone.ops import wkv6 as op
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
+from rwkv_bone.words import counted
 
 NAMES = ("r", "k", "v", "log_w", "u", "state")
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -273,7 +274,7 @@ def test_compiles_to_one_graph_with_its_neighbours(op):
 
 
 def test_says_what_it_chose():
-    assert describe("cpu", FP32, 64) == f"C++ kernel, {wkv6_cpu.variants()[-1]}, {torch.get_num_threads()} threads"
+    assert describe("cpu", FP32, 64) == f"C++ kernel, {wkv6_cpu.variants()[-1]}, {counted(torch.get_num_threads(), 'thread')}"
     assert describe("cuda", BF16, 64) == "CUDA kernel, chunk"
     assert describe("cpu", FP32, 64, op="torch") == "chunked, in plain torch"
 

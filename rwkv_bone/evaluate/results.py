@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..words import clock
 
 
 class Results:
@@ -124,9 +125,3 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.length:
             print(file=self.stream, flush=True)
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_bone.ops import build
+from rwkv_bone.words import counted
 
 CHECKPOINT = 128  # tokens between the states that forward keeps for backward; kCheckpoint in cuda/wkv6_cpu.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -81,7 +82,7 @@ def variant_number(name: str | None) -> int:
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
-    return f"C++ kernel, {variants()[-1]}, {torch.get_num_threads()} threads"
+    return f"C++ kernel, {variants()[-1]}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def saved_shape(r: Tensor) -> tuple[int, ...]:

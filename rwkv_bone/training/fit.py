@@ -15,9 +15,10 @@ from ..models.x060 import RWKV
 from ..ops import wkv6
 from ..peft import METHODS, adapters
 from ..peft.adapter import QuantisedWeight
+from ..words import counted, in_bytes
 from . import resume
 from .engines import make_strategy
-from .memory import estimate, in_words
+from .memory import estimate
 
 
 def device_type(config: TrainConfig) -> str:
@@ -85,30 +86,33 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
         added = trained
     steps = data.steps_per_epoch(world)
     device = device_type(config)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     lines = [
         f"model      {config.load_model or 'new'}: RWKV-6 (x060), {c.n_layer} layers, n_embd {c.n_embd}, dim_att {c.dim_att}, "
         f"{c.n_head} heads of {c.head_size}, dim_ffn {c.dim_ffn}, vocabulary {c.vocab_size}, {total - added:,} parameters",
         *(f"data       {line}" for line in data.describe(world)),
-        f"steps      {steps * config.epoch_count:,} = {config.epoch_count} epochs of {steps:,}; a step takes "
-        f"{config.micro_bsz} samples x {config.accumulate_grad_batches} micro batches x {world} devices",
+        f"steps      {steps * config.epoch_count:,} = {counted(config.epoch_count, 'epoch')} of {steps:,}; a step takes "
+        f"{counted(config.micro_bsz, 'sample')} x {counted(config.accumulate_grad_batches, 'micro batch', 'es')} x "
+        f"{counted(world, 'device')}",
     ]
     if config.peft == "none":
-        what = "each layer's initial state" if config.train_type == "state" else "the whole model"
-        lines.append(f"method     none: {what} trains")
+        state = "state tuning: each layer's initial state trains"
+        lines.append(f"method     {state if config.train_type == 'state' else 'none: the whole model trains'}")
     else:
         lines.append(f"method     {config.peft}: {METHODS[config.peft].formula}; {options_text(config)}")
     of = "" if config.peft == "none" and not added else f": {total - added:,} of the base and {added:,} beside it"
     lines.append(f"trains     {trained:,} parameters, {100 * trained / total:.2f}% of {total:,}{of}")  # as peft counts
-    lines += [f"           {part:16} {n:4} tensors {size:14,}" for part, (n, size) in trained_by_part(model).items()]
-    schedule = f"{config.lr_schedule}, {config.lr_init:g} to {config.lr_final:g}, {config.warmup_steps} warm-up steps"
-    lines.append(f"rate       {schedule}")
+    lines += [f"           {part:16} {counted(n, 'tensor'):>12} {size:14,}" for part, (n, size) in trained_by_part(model).items()]
+    schedule = f"{config.lr_schedule}, {config.lr_init:g} to {config.lr_final:g}"
+    if config.lr_init == config.lr_final:
+        schedule = f"{config.lr_init:g}, constant"
+    lines.append(f"rate       {schedule}, {counted(config.warmup_steps, 'warm-up step')}")
     engine = config.strategy if config.strategy != "auto" else "ddp" if world > 1 else "one process"
     kernel = wkv6.describe(device, base_dtype(config), c.head_size, config.op)
     lines.append(f"device     {world} x {name}, {precision(config)}, engine: {engine}, WKV6: {kernel}")
     parts = estimate(model, config.micro_bsz, data.longest_row(), config, world, device == "cuda")
-    detail = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
-    lines.append(f"memory     about {in_words(sum(parts.values()))} a device: {detail}")
+    detail = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items())
+    lines.append(f"memory     about {in_bytes(sum(parts.values()))} a device: {detail}")
     last = config.epoch_begin + config.epoch_count - 1
     often = "epoch" if config.epoch_save == 1 else f"{config.epoch_save} epochs"
     earlier = f" and before it one every {often}" if config.epoch_save < config.epoch_count else ""
@@ -212,7 +216,24 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     if records.interrupted:
         return 128 + (module.stop_requested or signal.SIGTERM)
     draw(config)
+    print(what_now(config, module.step), flush=True)
     return 0
+
+
+def what_now(config: TrainConfig, step: int) -> str:
+    """At a run's end: the file to take, and what to do with it."""
+    folder = Path(config.proj_dir)
+    last = max(folder.glob("rwkv-[0-9]*.pth"), key=lambda path: int(path.stem[5:]), default=None)
+    best = folder / "rwkv-best.pth"
+    lines = [f"done       after step {step:,}; {last} is what came out"] if last else [f"done       after step {step:,}"]
+    if best.exists():
+        lines[0] += f", {best} the best by validation"
+    take = best if best.exists() else last
+    if config.peft == "none" and config.train_type != "state":
+        lines.append(f"next       python -m rwkv_bone.generate --model {take} --prompt ...")
+    else:
+        lines.append(f"next       python merge.py --base_model {config.load_model} --peft_checkpoint {take} --output tuned.pth")
+    return "\n".join(lines)
 
 
 def make_loggers(config: TrainConfig) -> list:

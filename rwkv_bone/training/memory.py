@@ -140,15 +140,6 @@ def wkv6_keeps_more(model: RWKV, B: int, T: int) -> int:
     return 4 * (math.prod(wkv6_cuda.saved_shape(r)) - math.prod(wkv6_cpu.saved_shape(r)))
 
 
-def in_words(size: float) -> str:
-    """A number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
-
-
 WORLD = {"1.6B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}  # layers, n_embd
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 BITS = {"none": 0, "int8": 8, "nf4": 4.5}

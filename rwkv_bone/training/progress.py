@@ -5,15 +5,10 @@ import time
 
 from tqdm import tqdm
 
+from ..words import clock
 from .module import StepRecord
 
 LINE_SECONDS = 10.0  # at least so long between two plain lines
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..words import counted
 from .module import FineTune
 from .progress import say
 from .records import save_result
@@ -55,13 +56,13 @@ class Validation(L.Callback):
             with (self.dir / LOG).open("a") as log:
                 log.write(json.dumps({"step": step, "loss": loss, "tokens": tokens}) + "\n")
             note = "the best so far, kept as rwkv-best.pth" if better else f"best {self.best:.4f}"
-            say(f"validation after step {step}: loss {loss:.4f} over {tokens:,} tokens, {note}")
+            say(f"validation after step {step}: loss {loss:.4f} over {tokens:,} trained tokens, {note}")
             if better:
                 save_result(self.dir / "rwkv-best.pth", trained, module.model, config, step)
         if config.patience and self.since >= config.patience and step != module.total_steps:
             module.ended_early = True
             if trainer.is_global_zero:
-                say(f"no better for {self.since} validations: the run ends here")
+                say(f"no better for {counted(self.since, 'validation')}: the run ends here")
 
     @torch.no_grad()
     def measure(self, trainer: L.Trainer, module: FineTune) -> tuple[float, int]:
