@@ -363,7 +363,7 @@ class Study:
         forked = "forkserver" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
-            context.set_forkserver_preload(["rwkv_bone.comparison_run", "rwkv_bone.training.records"])
+            context.set_forkserver_preload(["rwkv_bone.comparison_run", "rwkv_bone.training.validation", "rwkv_bone.plot"])
         running: dict[Any, tuple[Run, Any]] = {}
         began, first = time.monotonic(), len(self.done)
         try:

@@ -147,7 +147,7 @@ def test_the_commands_for_several_devices_work(tmp_path):
 @pytest.mark.slow
 def test_the_comparisons_reports_are_made_by_their_commands(data, tmp_path):
     mine = [command for page, command in COMMANDS if page == "comparison.md"]
-    assert len(mine) == 3
+    assert len(mine) == 4
     for command in mine:
         _, _, _, config, _, out = shlex.split(command)
         shutil.copytree(ROOT / "benchmarks" / "results" / Path(out).name, tmp_path / out)
