@@ -30,13 +30,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import atomic, load_adapter, load_model
 from .data.jsonl import Chat, Templates
-from .data.tokenizer import Tokenizer, open_tokenizer
+from .data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer
 from .errors import Parser, UserError, run
 from .foreign import Foreign
 from .models.direct import direct
@@ -383,10 +384,12 @@ def open_model(args: argparse.Namespace) -> RWKV:
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = load_model(args.model, dtype, device)
     told = args.lora_alpha is not None or args.lora_init
+    args.trained_with = None
     if args.peft_checkpoint:
         info = load_adapter(model, args.peft_checkpoint, foreign=Foreign(args.lora_alpha, args.lora_init))
         if told and "foreign" not in info:
             raise UserError(f"{args.peft_checkpoint}: says all of itself; leave --lora_alpha and --lora_init out")
+        args.trained_with = info.get("tokenizer")
         merge(model)
     elif told:
         raise UserError("--lora_alpha and --lora_init belong to a --peft_checkpoint")
@@ -396,7 +399,24 @@ def open_model(args: argparse.Namespace) -> RWKV:
 
 
 def tokenizer_of(args: argparse.Namespace, model: RWKV) -> Tokenizer:
-    return open_tokenizer(args.tokenizer, model.config.vocab_size, args.vocab_file or None, args.encoding)
+    """The tokenizer that the flags of an opened model ask for; a warning if its adapter learned from another's tokens."""
+    tokenizer = open_tokenizer(args.tokenizer, model.config.vocab_size, args.vocab_file or None, args.encoding)
+    if cure := other_tokenizer(args.trained_with, tokenizer):
+        print(f"warning: {args.peft_checkpoint} was not trained with {tokenizer}; give {cure}", file=sys.stderr, flush=True)
+    return tokenizer
+
+
+def other_tokenizer(trained_with: Any, tokenizer: Tokenizer) -> str:
+    """The flags that give the tokenizer of an adapter's record; "" if it is this one, or the record says nothing that we know."""
+    if not isinstance(trained_with, dict):
+        return ""
+    kind, encoding = trained_with.get("kind"), trained_with.get("encoding")
+    flags = []
+    if kind in KINDS and kind != tokenizer.kind:
+        flags.append("--tokenizer " + ("PATH/tokenizer.json" if kind == "tokenizer.json" else kind))
+    if encoding in ENCODINGS and encoding != tokenizer.encoding:
+        flags.append(f"--encoding {encoding}")
+    return " ".join(flags)
 
 
 def pick_device(name: str) -> torch.device:

@@ -330,6 +330,11 @@ def main(argv: list[str] | None = None) -> int:
     for adapter in job.adapters:
         check_claims(adapter, args)
         print(f"adapter    {adapter.path}: {description(adapter)}")
+    for adapter in job.adapters[:1]:  # the others' base is no file that --quant could be of
+        kind = adapter.info.get("quant")
+        if kind in list(quant.KINDS) and args.quant == "none" and not args.as_:
+            print(f"note       {adapter.path} was trained on an {kind} base, and its update goes onto the full weights; "
+                  f"--quant {kind} puts it onto the dequantised base")  # fmt: skip
     if args.as_:
         print(write_lora(job, output, args.rank) if args.as_ == "lora" else write_peft(job, output))
         return 0
@@ -352,6 +357,7 @@ def write_lora(job: Merge, output: Path, rank: int) -> str:
     tensors, rank, sizes = as_lora(adapter, job.base, rank, job.options.device)
     base = {"file": job.base_path.name, "fingerprint": job.fingerprint, "sizes": asdict(job.sizes)}
     info = {"method": "lora", "options": {"r": rank, "alpha": float(rank)}, "base": base, "made_from": adapter.path.name}
+    info |= {key: adapter.info[key] for key in ("tokenizer", "quant") if key in adapter.info}
     save_adapter(output, tensors, info)
     parts: dict[str, list[float]] = {}
     for name, (update, missing) in sizes.items():

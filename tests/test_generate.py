@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from rwkv_bone import generate as module
-from rwkv_bone.checkpoint import load_model, save_adapter, save_tensors
+from rwkv_bone.checkpoint import load_model, open_tensors, save_adapter, save_tensors
 from rwkv_bone.data.jsonl import Chat
 from rwkv_bone.data.tokenizer import ByteTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError, run
+from rwkv_bone.evaluate.command import main as evaluate
 from rwkv_bone.generate import GREEDY, Conversation, Sampling, completions, generate, main, read, sample
 from rwkv_bone.models.x060 import LayerState
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
@@ -402,6 +403,32 @@ def test_an_adapter_is_merged_before_sampling(model_file, float_model, tmp_path,
         outputs.append(capsys.readouterr().out)
     assert outputs[1] == generate(float_model, BYTES, ["Once"], Sampling(0), 20)[0].text + "\n"
     assert outputs[0] != outputs[1]
+
+
+@pytest.mark.parametrize("known, flags, warned", [
+    ({"kind": "byte", "encoding": "utf-16-le"}, [], "was not trained with bytes of utf-8; give --encoding utf-16-le"),
+    ({"kind": "byte", "encoding": "utf-16-le"}, ["--encoding", "utf-16-le"], ""),
+    ({"kind": "byte", "encoding": "utf-8"}, [], ""),
+    ({"kind": "world", "encoding": "utf-8"}, [], "give --tokenizer world"),
+    ({"kind": "world", "encoding": "utf-8"}, ["--encoding", "utf-16-le"], "give --tokenizer world --encoding utf-8"),
+    ({"kind": "tokenizer.json", "encoding": "utf-8"}, [], "give --tokenizer PATH/tokenizer.json"),
+    (None, [], ""),  # an older adapter's record
+    ({"kind": ["?"], "encoding": 5}, [], ""),
+    ("?", [], ""),
+])  # fmt: skip
+def test_a_tokenizer_other_than_the_adapters_is_warned_of_with_the_flag(known, flags, warned, model_file, tmp_path, capsys):
+    base = {"fingerprint": load_model(model_file).fingerprint}
+    tensors = {"head.weight": open_tensors(model_file)["head.weight"]}
+    told = {"tokenizer": known} if known else {}
+    save_adapter(tmp_path / "a.pth", tensors, {"method": "none", "options": {}, "base": base, **told})
+    files = ["--model", model_file, "--peft_checkpoint", str(tmp_path / "a.pth")]
+    main([*files, "--prompt", "Once", "--max_tokens", "2", *flags])
+    said = capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"text": "Once"}\n')
+    evaluate(["loss", *files, "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl"), *flags])
+    for stderr in (said, capsys.readouterr().err):
+        warnings = [line for line in stderr.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == bool(warned) and warned in "".join(warnings)
 
 
 def test_chat_answers_each_line_and_new_forgets(model_file, float_model, monkeypatch, capsys):

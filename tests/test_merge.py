@@ -268,6 +268,23 @@ def test_quant_merges_onto_the_base_as_training_saw_it(kind, make_model, tmp_pat
     assert merged["blocks.0.att.time_maa_w1"].shape == base["blocks.0.att.time_maa_w1"].shape
 
 
+@pytest.mark.parametrize("told, flags, noted", [
+    ("int8", [], True), ("int8", ["--quant", "int8"], False), ("int8", ["--as", "lora"], False),
+    (None, [], False), (["?"], [], False),
+])  # fmt: skip
+def test_an_adapter_of_a_quantised_base_is_noted_with_the_flag(told, flags, noted, base, tmp_path, capsys):
+    save_trained(tmp_path / "a.pth", base, "lora", parts=())
+    tensors, info = read_adapter(tmp_path / "a.pth")
+    save_adapter(tmp_path / "a.pth", tensors, {**info, "tokenizer": {"kind": "byte"}, **({"quant": told} if told else {})})
+    run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--output", tmp_path / "m.pth", *flags)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note") and "trained on" in line]
+    assert len(notes) == noted
+    if noted:
+        assert "on an int8 base" in notes[0] and "the full weights; --quant int8 puts it onto the dequantised base" in notes[0]
+    if "lora" in flags:  # which is the same adapter, written differently
+        assert (made := read_adapter(tmp_path / "m.pth")[1])["quant"] == told and made["tokenizer"] == {"kind": "byte"}
+
+
 # ---------------------------------------------------------------- several adapters
 
 
