@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_bone.data import tokenizer as module
-from rwkv_bone.data.tokenizer import ByteTokenizer, TokenizersTokenizer, WorldTokenizer, open_tokenizer
+from rwkv_bone.data.tokenizer import ENCODINGS, KINDS, ByteTokenizer, TokenizersTokenizer, WorldTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
@@ -145,6 +145,17 @@ def test_lone_surrogates_are_refused_in_one_line(world, bpe):
 def test_tokenizers_survive_pickling(world, bpe):
     for tokenizer in every_tokenizer(world, bpe):
         assert pickle.loads(pickle.dumps(tokenizer)).encode("the cat") == tokenizer.encode("the cat")
+
+
+def test_each_tokenizer_says_what_it_is(world, bpe):
+    assert [str(ByteTokenizer(256, encoding)) for encoding in ENCODINGS] == ["bytes of utf-8", "bytes of utf-16-le"]
+    assert ByteTokenizer(256, "utf-16-le").identity() == {"kind": "byte", "encoding": "utf-16-le"}
+    slow = WorldTokenizer(fast=False)
+    assert str(slow) == f"World (in Python, {slow.vocab_file})" and slow.identity() == {"kind": "world", "encoding": "utf-8"}
+    if has_fast:
+        assert str(WorldTokenizer()) == "World (pyrwkv-tokenizer)"
+    assert str(open_tokenizer(bpe, 300)) == f"tokenizer.json ({bpe})"
+    assert {tokenizer.kind for tokenizer in every_tokenizer(world, bpe)} == set(KINDS)
 
 
 def test_tokenizer_json_encodes_without_special_tokens(bpe):

@@ -13,6 +13,7 @@ import torch
 from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, read_adapter, save_tensors
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.binidx import BinidxWriter
+from rwkv_bone.data.samples import BatchSampler
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.plot import read_run
@@ -244,14 +245,13 @@ def test_a_step_without_a_trained_token_has_no_loss_and_spoils_no_mean(world, tm
     assert np.isnan(read_run(world / "late")["loss"]).tolist() == [True, False, False, True, False, False]
 
 
-@pytest.mark.parametrize("seed", [0, -1])
 @pytest.mark.parametrize("epoch_steps, cure", [(0, "--loss_mask all"), (2, "--epoch_steps 2")])
-def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(world, tmp_path, epoch_steps, cure, seed):
+def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(world, tmp_path, epoch_steps, cure):
     """Every answer lies beyond ctx_len; or only one that the run does not come to, as it ends after two steps of one sample."""
     last = 3 if epoch_steps else 90
     rows = [{"question": "q" * (last if i == 5 else 90), "answer": f"{i} it is"} for i in range(6)]
     (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--data_shuffle", 0, "--random_seed", seed]
+    flags = ["--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--data_shuffle", 0]
     ended = run_to_end(world, *flags, "--epoch_steps", epoch_steps, name="nothing")
     assert ended.codes == [2], ended.said
     refusal = ended.said.splitlines()[-1]
@@ -259,7 +259,22 @@ def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(worl
         assert words in refusal
     assert not list((world / "nothing").glob("*.pth")) and not (world / "nothing" / "loss_data.jsonl").exists()
     if epoch_steps:  # four steps more, and the trained sample is met
-        train(world, *flags, "--epoch_steps", 6, name=f"something{seed}")
+        train(world, *flags, "--epoch_steps", 6, name="something")
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2, 3])
+def test_a_seed_drawn_for_the_run_is_asked_too_whether_anything_is_trained(world, tmp_path, drawn, monkeypatch):
+    rows = [{"question": "q" * (3 if i == 3 else 90), "answer": f"{i} it is"} for i in range(6)]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("rwkv_bone.training.module.secrets.randbelow", lambda n: drawn)
+    flags = ["--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--epoch_steps", 2, "--random_seed", -1]
+    argv = arguments(world, *flags, name=f"drawn{drawn}")
+    if 3 in BatchSampler(6, 1, seed=drawn).order(0)[:2]:
+        assert main(argv) == 0
+        return
+    with pytest.raises(UserError, match="none of the samples in 2 steps holds a trained token"):
+        main(argv)
+    assert not list((world / f"drawn{drawn}").glob("*.pth"))
 
 
 def test_the_order_of_the_samples_decides_whether_a_short_run_trains_anything(world, tmp_path):

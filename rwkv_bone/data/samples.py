@@ -79,11 +79,16 @@ class Samples(Dataset):
             spans = zip((self.begin + 1).tolist(), (self.begin + 1 + self.length).tolist())
             trained = np.array([np.count_nonzero(documents.mask[lo:hi]) for lo, hi in spans], np.int64)
         if n_pieces == 0 or not trained.any():
-            why = "no document has two tokens" if n_pieces == 0 else "the mask leaves out every token that fits into ctx_len"
-            raise UserError(f"{documents.name}: nothing to train, {why}")
+            masked = f"the mask leaves out every token that fits into --ctx_len {ctx_len}; {self.cure()}"
+            raise UserError(f"{documents.name}: nothing to train, {masked if n_pieces else 'no document has two tokens'}")
         self.tokens = np.add.reduceat(self.length, self.row[:-1])
         self.trained = np.add.reduceat(trained, self.row[:-1])
         self.lengths = self.tokens + np.diff(self.row) - 1
+
+    def cure(self) -> str:
+        """What to do where samples hold no trained token."""
+        longer = "a larger --ctx_len, --dataload chunk, or " if self.dataload in ("pad", "only") else ""
+        return f"give {longer}--loss_mask all"
 
     def __len__(self) -> int:
         return len(self.lengths)

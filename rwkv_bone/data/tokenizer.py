@@ -20,14 +20,21 @@ from rwkv_bone.errors import UserError
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"  # with \n line ends
 UNKNOWN = "\ufffd"
+KINDS = ("byte", "world", "tokenizer.json")
+ENCODINGS = ("utf-8", "utf-16-le")  # of bytes
 
 
 class Tokenizer:
-    """What the tokenizers share. `encoding` is that of the bytes which `decode_bytes` gives."""
+    """What the tokenizers share. `encoding` is that of the bytes which `decode_bytes` gives; str() names it for people."""
 
+    kind: str  # of KINDS
     encoding = "utf-8"
     vocab_size: int
     end: tuple[int, ...] = (0,)
+
+    def identity(self) -> dict[str, str]:
+        """What an adapter's record keeps of the tokenizer that read its text."""
+        return {"kind": self.kind, "encoding": self.encoding}
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, without an end. UserError for text that is no Unicode (lone surrogates)."""
@@ -62,15 +69,20 @@ class ByteTokenizer(Tokenizer):
     holds U+0000 itself is refused. (Models whose training stream was 16-bit values take utf-16-le.)
     """
 
+    kind = "byte"
+
     def __init__(self, vocab_size: int = 256, encoding: str = "utf-8"):
         if vocab_size not in (256, 257):
             raise UserError(f"bytes make a vocabulary (--vocab_size) of 256 or 257, not {vocab_size}")
-        if encoding not in ("utf-8", "utf-16-le"):
+        if encoding not in ENCODINGS:
             raise UserError(f"encoding {encoding!r}: a byte tokenizer has utf-8 or utf-16-le")
         self.vocab_size, self.encoding = vocab_size, encoding
         self._shift = vocab_size - 256
         if vocab_size == 256:
             self.end = tuple("\0".encode(encoding))
+
+    def __str__(self) -> str:
+        return f"bytes of {self.encoding}"
 
     def encode(self, text: str) -> list[int]:
         if not self._shift and "\0" in text:
@@ -99,6 +111,8 @@ class WorldTokenizer(Tokenizer):
     fast         whether pyrwkv-tokenizer encodes text; the tokens are the same
     """
 
+    kind = "world"
+
     def __init__(self, vocab_file=None, vocab_size: int = 65536, fast: bool | None = None):
         self.vocab_file = os.fspath(vocab_file) if vocab_file else _find_world_file()
         self.vocab_size = vocab_size
@@ -119,6 +133,9 @@ class WorldTokenizer(Tokenizer):
         self.fast = self._rust is not None
         if fast and not self.fast:
             raise UserError("fast tokenizing needs pyrwkv-tokenizer and its own vocabulary; pip install pyrwkv-tokenizer")
+
+    def __str__(self) -> str:
+        return f"World ({'pyrwkv-tokenizer' if self.fast else f'in Python, {self.vocab_file}'})"
 
     def encode(self, text: str) -> list[int]:
         if self._rust is None:
@@ -153,6 +170,8 @@ class WorldTokenizer(Tokenizer):
 class TokenizersTokenizer(Tokenizer):
     """A tokenizer.json, by the `tokenizers` package. No special tokens are added; token 0 ends a document, as in RWKV's data."""
 
+    kind = "tokenizer.json"
+
     def __init__(self, path, vocab_size: int):
         from tokenizers import Tokenizer as Backend
 
@@ -163,6 +182,9 @@ class TokenizersTokenizer(Tokenizer):
             raise UserError(f"{self.path} is no tokenizer.json: {str(error).splitlines()[0]}") from None
         _check_top(max(self._backend.get_vocab(with_added_tokens=True).values(), default=0), vocab_size, self.path)
         self.vocab_size = vocab_size
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.path})"
 
     def encode(self, text: str) -> list[int]:
         self._bytes(text)  # refuses what is no Unicode

@@ -57,6 +57,7 @@ class TrainingData:
     def __init__(self, documents: Documents, config: TrainConfig, vocab_size: int = 0, validation: Documents | None = None):
         self.documents, self.config, self.vocab_size, self.validation = documents, config, vocab_size, validation
         self.samples = len(self.batches().samples)
+        self.read_by: Tokenizer | None = None  # what made tokens of the text; None where the data are tokens
         if validation is not None:
             self.held_out(0, 1)  # refuses, before the first step, what holds nothing to measure
 
@@ -80,7 +81,9 @@ class TrainingData:
             validation = open_documents(config.val_file, config.data_type, tokenizer, vocab_size, **options)
         if config.val_split:
             documents, validation = split(documents, config.val_split)
-        return cls(documents, config, vocab_size, validation)
+        data = cls(documents, config, vocab_size, validation)
+        data.read_by = tokenizer
+        return data
 
     def held_out(self, rank: int, world: int) -> Batches:
         """The held-out documents in whole: chunks of ctx_len, in order."""
@@ -109,13 +112,37 @@ class TrainingData:
         # a generator of its own: else beginning to iterate takes a number from those of dropout
         return DataLoader(steps, batch_size=None, num_workers=0, generator=torch.Generator())
 
+    def check_trained(self, world: int, seed: int) -> None:
+        """UserError if no sample of the run, on all devices and in all epochs, holds a trained token.
+
+        That some sample of the data does is known already; with --epoch_steps it need not be one that the run meets.
+        """
+        c = self.config
+        if not c.epoch_steps:
+            return
+        batches = self.batches(0, world, seed)
+        trained = np.append(batches.samples.trained, 0)  # the last is EMPTY's
+        steps = self.steps_per_epoch(world)
+        met = steps * c.accumulate_grad_batches * c.micro_bsz * world  # the first so many places of an epoch's order
+        if any(trained[batches.sampler.order(epoch)[:met]].any() for epoch in range(c.epoch_count)):
+            return
+        raise UserError(
+            f"{self.documents.name}: nothing to train, none of the samples in {steps * c.epoch_count:,} steps holds a trained "
+            f"token (--epoch_steps {c.epoch_steps}); {batches.samples.cure()}"
+        )
+
     def longest_row(self) -> int:
         """The most tokens of a row, padding counted."""
         batches = self.batches()
         return int(padded_length(batches.samples.lengths.max(), batches.round_to, self.config.ctx_len))
 
     def describe(self, world: int) -> list[str]:
+        """Lines for people; UserError where it is known by now that nothing would be trained."""
+        if self.config.random_seed >= 0 or not self.config.data_shuffle:  # else the order is drawn later
+            self.check_trained(world, max(self.config.random_seed, 0))
         lines = self.batches(0, world).summary().lines()
+        if self.read_by is not None:
+            lines.append(f"tokenizer: {self.read_by}")
         steps, all_steps = self.steps_per_epoch(world), self.batches(0, world).sampler.batches_per_epoch
         if steps * self.config.accumulate_grad_batches < all_steps:
             lines.append(f"--epoch_steps {steps} ends each epoch before all of it was seen")

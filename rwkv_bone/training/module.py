@@ -68,6 +68,7 @@ class FineTune(L.LightningModule):
         if step != self.step:
             raise UserError(f"--resume: device {self.trainer.global_rank} finds step {self.step} in --proj_dir, the first device "
                             f"step {step}; all machines must see the same folder")  # fmt: skip
+        self.data.check_trained(self.trainer.world_size, self.seed)
         self.engine = (DeepSpeedEngine if self.config.strategy.startswith("deepspeed") else Engine)(self)
 
     def train_dataloader(self) -> DataLoader:
