@@ -258,6 +258,7 @@ def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(worl
     for words in ("nothing to train", "a larger --ctx_len, --dataload chunk, or --loss_mask all", cure):
         assert words in refusal
     assert not list((world / "nothing").glob("*.pth")) and not (world / "nothing" / "loss_data.jsonl").exists()
+    assert run_to_end(world, *flags, "--epoch_steps", epoch_steps, "--dry_run", 1, name="nothing").codes == [2]
     if epoch_steps:  # four steps more, and the trained sample is met
         train(world, *flags, "--epoch_steps", 6, name="something")
 
