@@ -16,7 +16,6 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -287,28 +286,12 @@ def sidecar(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
-_told: ContextVar[Mapping[str, Any]] = ContextVar("_told")
-
-
-@contextlib.contextmanager
-def telling(**of_run: Any) -> Iterator[None]:
-    """Adapters saved meanwhile say this of themselves too: what is known of a run where it begins, not where it saves.
-
-    tokenizer   {"kind": "byte", "encoding": "utf-16-le"}, what read the text;   quant   "int8", how the base was kept
-    """
-    token = _told.set(of_run)
-    try:
-        yield
-    finally:
-        _told.reset(token)
-
-
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write an adapter's `.pth` with what it says about itself, and the sidecar.
 
     info: method, options, base (file, fingerprint, sizes), step, ... The options are completed with the method's defaults.
     """
-    info = {**info, **_told.get({})}
+    info = dict(info)
     if info["method"] in METHODS:
         info["options"] = vars(method_of(info, path)[1])
     text = json.dumps({"rwkv_bone": __version__, **info}, indent=1).encode()

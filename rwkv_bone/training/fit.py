@@ -308,7 +308,7 @@ def begin(module, records) -> None:
     if step == per_epoch * config.epoch_count:
         print("resuming   nothing to do: the run is complete", flush=True)
     if step % per_epoch == 0:  # stopped between the checkpoint and the result?
-        records.complete_epoch(module.model, config.epoch_begin + step // per_epoch - 1, step)
+        records.complete_epoch(module, config.epoch_begin + step // per_epoch - 1, step)
 
 
 def device_count(config: TrainConfig) -> int:

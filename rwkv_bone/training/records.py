@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..checkpoint import save_adapter, save_tensors, sidecar
 from ..config import TrainConfig
-from ..models.x060 import RWKV
 from ..peft import adapter_tensors
 from . import resume
 from .module import FineTune, StepRecord
@@ -36,8 +35,9 @@ def result_due(config: TrainConfig, epoch: int) -> bool:
     return done % config.epoch_save == 0 or done == config.epoch_count
 
 
-def adapter_info(model: RWKV, config: TrainConfig, step: int) -> dict[str, Any]:
+def adapter_info(module: FineTune, step: int) -> dict[str, Any]:
     """The sidecar: everything that the adapter's tensors do not say."""
+    model, config, tokenizer = module.model, module.config, module.data.read_by
     return {
         "method": config.peft,
         "options": config.peft_options,
@@ -49,15 +49,17 @@ def adapter_info(model: RWKV, config: TrainConfig, step: int) -> dict[str, Any]:
             "fingerprint": model.fingerprint,
             "sizes": dataclasses.asdict(model.config),
         },
+        **({"quant": config.quant} if config.quant != "none" else {}),
+        **({"tokenizer": tokenizer.identity()} if tokenizer else {}),
     }
 
 
-def save_result(path: Path, trained: dict[str, Tensor], model: RWKV, config: TrainConfig, step: int) -> None:
+def save_result(path: Path, trained: dict[str, Tensor], module: FineTune, step: int) -> None:
     """The adapter (or the initial states) with its sidecar, or with --peft none the whole model."""
-    if config.peft == "none" and config.train_type != "state":
-        save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in trained.items()})
+    if module.config.peft == "none" and module.config.train_type != "state":
+        save_tensors(path, {name: tensor.to(module.model.file_dtype) for name, tensor in trained.items()})
     else:
-        save_adapter(path, trained, adapter_info(model, config, step))
+        save_adapter(path, trained, adapter_info(module, step))
 
 
 class Records(L.Callback):
@@ -201,15 +203,15 @@ class Records(L.Callback):
         resume.save(self.dir, module.step, run, own, rank, trainer.strategy.barrier, self.config.keep_last)
         self.saved_at = time.monotonic()
 
-    def complete_epoch(self, model: RWKV, epoch: int, step: int) -> None:
+    def complete_epoch(self, module: FineTune, epoch: int, step: int) -> None:
         """Write the result of an epoch that was stopped between its checkpoint and its result."""
         path = self.dir / f"rwkv-{epoch}.pth"
         whole = path.exists() and (sidecar(path).exists() or self.config.peft == "none")
         if result_due(self.config, epoch) and not whole:
-            save_result(path, adapter_tensors(model), model, self.config, step)
+            save_result(path, adapter_tensors(module.model), module, step)
 
     def save_result(self, module: FineTune, name: str) -> Path:
         trained = module.engine.trained()
         if self.rank_zero:
-            save_result(self.dir / name, trained, module.model, self.config, module.step)
+            save_result(self.dir / name, trained, module, module.step)
         return self.dir / name

@@ -1,12 +1,11 @@
 """train.py's body: command line -> configuration -> model, data, adapter -> a finished run."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import add_time_state, load_adapter, load_model, telling
+from ..checkpoint import add_time_state, load_adapter, load_model
 from ..config import TrainConfig
 from ..errors import UserError
 from ..foreign import Foreign
@@ -33,14 +32,7 @@ def main(argv: list[str] | None = None, deepspeed: type | None = None) -> int:
         print(show_batch(data.batches().batch(0, 0), data.tokenizer()))
         return 0
     config = adapt(model, data, config)
-    with telling(**about(data, config)):
-        return fit(model, data, config, deepspeed)
-
-
-def about(data: TrainingData, config: TrainConfig) -> dict[str, Any]:
-    """What an adapter's record keeps of how its text was read and its base was held; only what there is to say."""
-    told: dict[str, Any] = {"tokenizer": data.read_by.identity()} if data.read_by else {}
-    return {**told, "quant": config.quant} if config.quant != "none" else told
+    return fit(model, data, config, deepspeed)
 
 
 def make_model(config: TrainConfig) -> RWKV:

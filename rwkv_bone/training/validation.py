@@ -58,7 +58,7 @@ class Validation(L.Callback):
             note = "the best so far, kept as rwkv-best.pth" if better else f"best {self.best:.4f}"
             say(f"validation after step {step}: loss {loss:.4f} over {tokens:,} trained tokens, {note}")
             if better:
-                save_result(self.dir / "rwkv-best.pth", trained, module.model, config, step)
+                save_result(self.dir / "rwkv-best.pth", trained, module, step)
         if config.patience and self.since >= config.patience and step != module.total_steps:
             module.ended_early = True
             if trainer.is_global_zero:
