@@ -349,6 +349,8 @@ def chat(model: RWKV, tokenizer: Tokenizer, template: Chat, sampling: Sampling, 
         except EOFError:
             print()
             return
+        if not sys.stdin.isatty():  # from a pipe: no terminal has shown it
+            print(message)
         if message == "/new":
             conversation = Conversation(model, tokenizer, template)
         elif message:

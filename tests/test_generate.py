@@ -439,6 +439,7 @@ def test_chat_answers_each_line_and_new_forgets(model_file, float_model, monkeyp
     out = capsys.readouterr().out
     replies = [part.split("\n\nUser: ")[0].rstrip() for part in out.split("\nAssistant:")[1:]]
     assert replies == [first, second, first]
+    assert [part.splitlines()[0] for part in out.split("User: ")[1:]] == ["Hi", "Go on", "/new", "", "Hi", ""]
 
 
 @pytest.mark.parametrize(
