@@ -12,7 +12,6 @@ thread, the thread's own time is taken, so that other programs on the machine co
 
 import argparse
 import datetime
-import platform
 import time
 import warnings
 import weakref
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rwkv_bone.doctor import cpu_name
 from rwkv_bone.peft import METHODS
 
 SIZES = {"1.6B": (2048, 7168), "3B": (2560, 8960), "7B": (4096, 14336)}  # C, F of RWKV-6 World
@@ -164,9 +164,7 @@ def table(rows: list[list[str]]) -> str:
 def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"CPU {name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ thread, "least time" and "median" are of the thread's own time, which on a share
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from rwkv_bone.checkpoint import load_model, open_model, save_tensors
+from rwkv_bone.doctor import cpu_name
 from rwkv_bone.models.x060 import RWKV, ModelConfig
 
 VARIANTS = ("ours", "ours, batch", "rwkv, TorchScript", "rwkv, plain")
@@ -95,16 +95,10 @@ def new_model(args: argparse.Namespace, folder: str) -> str:
     return str(path)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def compare(args: argparse.Namespace) -> None:
     config, _ = open_model(args.model)
     print(f"L{config.n_layer} C{config.n_embd} V{config.vocab_size}, heads of {config.head_size}, {args.dtype}; "
-          f"{processor()}, {args.threads} threads, torch {torch.__version__}; "
+          f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}; "
           f"{args.repeats} repeats of {args.tokens} tokens")  # fmt: skip
     workers = {}
     for variant in VARIANTS:

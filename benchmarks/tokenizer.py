@@ -14,6 +14,7 @@ WordPiece is quadratic).
 """
 
 import argparse
+import datetime
 import importlib.util
 import os
 import platform
@@ -27,6 +28,7 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from rwkv_bone.data.tokenizer import WORLD_FILE, WorldTokenizer
+from rwkv_bone.doctor import cpu_name
 
 SCRIPTS = (
     "吾輩は猫である。名前はまだ無い。 天地玄黄，宇宙洪荒。 안녕하세요 세계. Привет, мир. مرحبا بالعالم. नमस्ते दुनिया। "
@@ -71,7 +73,7 @@ def main() -> None:
         "ours python": WorldTokenizer(fast=False).encode,
     }
     backend = as_tokenizers(world)
-    lines = [f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, one thread, MB/s of UTF-8"]
+    lines = [f"{datetime.date.today()}, {cpu_name()}, Python {platform.python_version()}, one thread, MB/s of UTF-8"]
     lines.append(f"{'':16}" + "".join(f"{name:>20}" for name in (*programs, "tokenizers")))
     for name, text in corpora(args.size).items():
         here = dict(programs)

@@ -10,7 +10,6 @@ Each runs in a process of its own on the same random model; prints the ratios to
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 
 import torch
 
+from rwkv_bone.doctor import cpu_name
 from rwkv_bone.models.x060 import RWKV, ModelConfig
 from rwkv_bone.peft import METHODS, adapters, inject
 from rwkv_bone.peft.bone import BoneLinear
@@ -127,14 +127,18 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time of one step of ours goes, and end")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+    head = (
+        f"L{args.n_layer} C{args.n_embd} V{args.vocab_size}, {args.micro_bsz} x {args.ctx_len} tokens, r={args.r}; "
+        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     if args.profile:
+        print(head)
         args.variant = "ours"
     if args.variant:
         print(json.dumps(measure(args)))
         return
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    print(f"L{args.n_layer} C{args.n_embd} V{args.vocab_size}, {args.micro_bsz} x {args.ctx_len} tokens, r={args.r}; {hardware}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(head)
     results = {}
     for variant in VARIANTS:
         run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, text=True)

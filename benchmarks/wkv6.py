@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import datetime
 import functools
-import platform
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_bone.doctor import cpu_name
 from rwkv_bone.models.x060 import RWKV, ModelConfig
 from rwkv_bone.ops import build, wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
@@ -327,9 +327,7 @@ def table(titles: list[str], rows: list[list[str]]) -> list[str]:
 def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("model name", "cpu family", "model\t"))]
-    name = ", ".join(" ".join(x.split()) for x in dict.fromkeys(names)) if names else platform.processor()
-    return f"{name}; {torch.get_num_threads()} threads; {'thread' if torch.get_num_threads() == 1 else 'wall'} time"
+    return f"{cpu_name()}; {torch.get_num_threads()} threads; {'thread' if torch.get_num_threads() == 1 else 'wall'} time"
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

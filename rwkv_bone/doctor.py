@@ -103,14 +103,16 @@ def packages() -> Iterator[Finding]:
 # ---------------------------------------------------------------- devices and compilers
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def cpu() -> str:
     """What the CPU is called, how many cores this process may use, and the memory."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found[1] if found else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"CPU: {name}, {cores} cores"
+    text = f"CPU: {cpu_name()}, {cores} cores"
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.1f} GiB of memory"
     return text
