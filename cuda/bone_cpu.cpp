@@ -1,26 +1,40 @@
-// What Bone (rwkv_bone/peft/bone.py) does on the CPU between its matrix products, each in one pass over memory:
+// Bone (rwkv_bone/peft/bone.py) on the CPU: all of its forward and backward but the two large products.
 //
-//   bone_cpu_forward    s = sum_j u_j;  xu <- x + u, rounded without bias (rwkv_bone/peft/rounding.py);  y <- tile(s)
-//   bone_cpu_backward   t = sum_i g_i;  du <- q + tile(t);  pieces <- x
+//   bone_cpu_forward    u_j = x_j B_j^T;  s = sum_j u_j;  xu <- x + u, rounded without bias (rwkv_bone/peft/rounding.py);
+//                       y <- tile(s)
+//   bone_cpu_backward   t = sum_i g_i;  du_j = q_j + t;  dB_j += du_j^T x_j;  q_j <- q_j + du_j B_j, which is dx_j
 //
-// x, xu, q (n, in), y, g (n, out), and u, du, pieces (in / r, n, r): piece by piece, as the small products take them fastest.
-// All are contiguous, float or bf16; r divides in; out is any, and its last piece is cut. Compiled once for every instruction set with BONE_VARIANT defined, which gives the kernels, and once
-// without, for the plain C interface. The loops are plain: the compiler makes vectors of them.
+// x, xu, q (n, in) and y, g (n, out) are contiguous, float or bf16; r divides in; out is any, and its last piece is cut.
+// Tokens go in tiles, and a tile through all pieces in turn: u, du and all else between stays in the core's cache, and every
+// tensor passes once. The sums are float's. Products of bf16 are taken two terms at a time where the processor has the instruction
+// (AVX512_BF16): "pairs", in 32 bits, of two neighbours along the sum.
+//
+// Compiled once for every instruction set with BONE_VARIANT defined, which gives the kernels, and once without, for the plain C
+// interface. No inline function of a shared header may be called here: see wkv6_cpu_kernel.h.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <type_traits>
 
 #include "wkv6_cpu.h"
 
+#if defined(__x86_64__) && defined(__has_include)
+#if __has_include(<avx512bf16intrin.h>)
+#define KNOWS_PAIRS 1  // the compiler
+#endif
+#endif
+
 namespace bone {
 
-constexpr int64_t kWidest = 4096;  // the largest r
+constexpr int64_t kLanes = 16;  // a row of r numbers is padded to a multiple of it
 
 struct Problem {
-    int bf16;
+    int bf16, pairs;
     int64_t n, in, out, r;
-    const void *x, *u, *g, *q;
-    void *xu, *y, *du, *pieces;
+    const void *x, *b, *g;
+    void *xu, *y, *q;
+    float* db;               // (shares, in / r, r, r padded)
+    int64_t shares, groups;  // of the tokens, each with its own db, and of the pieces: shares times groups can be done at once
+    int wants_dx;
 };
 
 using Kernel = void(const Problem&, const wkv6::Threads&);
@@ -30,99 +44,299 @@ namespace avx2 { Kernel forward, backward; }
 namespace avx512 { Kernel forward, backward; }
 
 #ifdef BONE_VARIANT
+}  // namespace bone
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+namespace bone {
 namespace BONE_VARIANT {
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
-constexpr int64_t kRows = 16;  // of a task
-constexpr uint32_t kRow = 49473, kColumn = 40503;  // of the pattern in rounding.py
+// A register tile of a product: rows, and vectors of kBytes.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 4, kCols = 4;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kRows = 4, kCols = 2;
+#elif defined(__aarch64__)
+constexpr int kBytes = 16, kRows = 4, kCols = 4;
+#else
+constexpr int kBytes = 16, kRows = 4, kCols = 2;
+#endif
+constexpr int W = kBytes / 4;
+constexpr int64_t kDepth = 64;  // terms, or pairs of them, of a product over a tile's tokens: its operands stay in the first cache
 
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
+typedef float Vec __attribute__((vector_size(kBytes)));
+struct bf16 { uint16_t bits; };
+struct Pair { uint32_t bits; };  // the first in the low half
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class To, class From> INLINE To cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
 }
 
 INLINE float widened(float x) { return x; }
-INLINE float widened(uint16_t x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
+INLINE float widened(bf16 x) { return cast<float>(uint32_t(x.bits) << 16); }
+
+// Asks for the numbers that come next in a row: tiles read rows piece by piece, which the processor does not foresee.
+template <class T> INLINE void prefetch(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
 }
 
 // To the nearest, of two the even one. A NaN stays one.
 INLINE void store(float* to, float x) { *to = x; }
-INLINE void store(uint16_t* to, float x) {
-    uint32_t bits = bits_of(x);
-    *to = uint16_t((x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+INLINE void store(bf16* to, float x) {
+    uint32_t bits = cast<uint32_t>(x);
+    to->bits = uint16_t((x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Up to the next bf16 with the probability of the distance, else down.
+// Up to the next bf16 with the probability of the distance, else down: the pattern of rounding.py.
 INLINE void store_evenly(float* to, float x, uint32_t, uint32_t) { *to = x; }
-INLINE void store_evenly(uint16_t* to, float x, uint32_t row, uint32_t column) {
-    uint32_t bits = bits_of(x);
-    *to = uint16_t((x != x ? bits | 0x400000 : bits + ((row * kRow ^ column * kColumn) & 0xffff)) >> 16);
+INLINE void store_evenly(bf16* to, float x, uint32_t row, uint32_t column) {
+    uint32_t bits = cast<uint32_t>(x);
+    to->bits = uint16_t((x != x ? bits | 0x400000 : bits + ((row * 49473 ^ column * 40503) & 0xffff)) >> 16);
 }
 
-template <class T>
-INLINE void forward_row(const Problem& p, int64_t row) {
-    const T* x = static_cast<const T*>(p.x) + row * p.in;
-    const T* u = static_cast<const T*>(p.u) + row * p.r;
-    T* __restrict xu = static_cast<T*>(p.xu) + row * p.in;
-    T* y = static_cast<T*>(p.y) + row * p.out;
-    float s[kWidest];
-    T tile[kWidest];
-    for (int64_t c = 0; c < p.r; c++) s[c] = 0;
-    for (int64_t j = 0; j < p.in; j += p.r, u += p.n * p.r)
-        for (int64_t c = 0; c < p.r; c++) {
-            float piece = widened(u[c]);
-            s[c] += piece;
-            store_evenly(xu + j + c, widened(x[j + c]) + piece, uint32_t(row), uint32_t(j + c));
+// ---- c (rows, cols) = or += a b: a's element (i, k) at a[i * row + k * step], b (depth, columns) in rows of `width` floats or pairs
+
+INLINE void load(Vec* to, const void* from) { memcpy(to, from, kBytes); }
+
+template <int ROWS, int COLS, class A>
+INLINE void register_tile(int64_t depth, const A* a, int64_t row, int64_t step, const float* b, float* c, int64_t width, bool add) {
+    Vec sum[ROWS][COLS];
+    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++) {
+        if (add) load(&sum[i][j], c + i * width + j * W);
+        else sum[i][j] = Vec{};
+    }
+    for (int64_t k = 0; k < depth; k++, a += step, b += width) {
+        Vec right[COLS];
+        UNROLL for (int j = 0; j < COLS; j++) load(&right[j], b + j * W);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            float left = widened(a[i * row]);
+            UNROLL for (int j = 0; j < COLS; j++) sum[i][j] += left * right[j];
         }
-    for (int64_t c = 0; c < p.r; c++) store(tile + c, s[c]);
-    for (int64_t i = 0; i < p.out; i += p.r) memcpy(y + i, tile, sizeof(T) * (p.out - i < p.r ? p.out - i : p.r));
+    }
+    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++) memcpy(c + i * width + j * W, &sum[i][j], kBytes);
 }
 
+#if defined(__AVX512F__) && defined(KNOWS_PAIRS)
+template <int ROWS, int COLS>
+__attribute__((target("avx512f,avx512bf16"), noinline)) void register_tile(
+    int64_t depth, const Pair* a, int64_t row, int64_t step, const Pair* b, float* c, int64_t width, bool add) {
+    __m512 sum[ROWS][COLS];
+    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++)
+        sum[i][j] = add ? _mm512_loadu_ps(c + i * width + j * W) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth; k++, a += step, b += width) {
+        __m512i right[COLS];
+        UNROLL for (int j = 0; j < COLS; j++) right[j] = _mm512_loadu_si512(b + j * W);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            int pair;
+            memcpy(&pair, a + i * row, 4);
+            __m512i left = _mm512_set1_epi32(pair);
+            UNROLL for (int j = 0; j < COLS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
+        }
+    }
+    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++) _mm512_storeu_ps(c + i * width + j * W, sum[i][j]);
+}
+#else
+template <int ROWS, int COLS>
+void register_tile(int64_t, const Pair*, int64_t, int64_t, const Pair*, float*, int64_t, bool) {
+    abort();  // never asked for
+}
+#endif
+
+template <int ROWS, int COLS, class A, class B>
+INLINE void columns(int cols, int64_t depth, const A* a, int64_t row, int64_t step, const B* b, float* c, int64_t width, bool add) {
+    if (cols == COLS) return register_tile<ROWS, COLS>(depth, a, row, step, b, c, width, add);
+    if constexpr (COLS > 1) columns<ROWS, COLS - 1>(cols, depth, a, row, step, b, c, width, add);
+}
+
+template <int ROWS, class A, class B>
+INLINE void row_group(int rows, int64_t depth, const A* a, int64_t row, int64_t step, const B* b, float* c, int64_t width, bool add) {
+    if (rows < ROWS) {
+        if constexpr (ROWS > 1) row_group<ROWS - 1>(rows, depth, a, row, step, b, c, width, add);
+        return;
+    }
+    for (int64_t j = 0; j < width; j += kCols * W)
+        columns<ROWS, kCols>(int(least(kCols, (width - j) / W)), depth, a, row, step, b + j, c + j, width, add);
+}
+
+template <class A, class B>
+void product(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step, const B* b, float* c, int64_t width, bool add) {
+    for (int64_t i = 0; i < rows; i += kRows, a += kRows * row, c += kRows * width)
+        row_group<kRows>(int(least(kRows, rows - i)), depth, a, row, step, b, c, width, add);
+}
+
+// ---- one tile of tokens
+
+// How the operands of products are held, and how many terms of a sum in one of them.
+template <class T> struct Single {
+    using Given = T;
+    using Held = float;
+    static constexpr int64_t terms = 1;
+};
+struct Paired {
+    using Given = bf16;
+    using Held = Pair;
+    static constexpr int64_t terms = 2;
+};
+template <class K> constexpr int64_t kTokens = kDepth * K::terms;  // of a tile
+
+INLINE int64_t padded(int64_t r) { return (r + kLanes - 1) / kLanes * kLanes; }
+
+// Arrays of (tokens of a tile, r padded) floats, all zero: the padding is read too, and has to be a number.
+struct Workspace {
+    int64_t size;
+    float* floats;
+    Workspace(int64_t arrays, int64_t tokens, int64_t r) : size(tokens * padded(r)) {
+        size_t bytes = size_t(arrays * size) * sizeof(float);
+        floats = static_cast<float*>(aligned_alloc(64, bytes));
+        if (!floats) abort();
+        memset(floats, 0, bytes);
+    }
+    ~Workspace() { free(floats); }
+    Workspace(const Workspace&) = delete;
+    float* array(int64_t i) const { return floats + i * size; }
+};
+
+template <class K>
+void forward_tile(const Problem& p, const Workspace& work, int64_t first, int64_t tokens) {
+    using T = typename K::Given;
+    const T* x = static_cast<const T*>(p.x) + first * p.in;
+    T* xu = static_cast<T*>(p.xu) + first * p.in;
+    T* y = static_cast<T*>(p.y) + first * p.out;
+    const auto* b = static_cast<const typename K::Held*>(p.b);
+    const int64_t r = p.r, width = padded(r), depth = r / K::terms;
+    float *s = work.array(0), *u = work.array(1);
+    for (int64_t j = 0; j < p.in; j += r, b += depth * width) {
+        if constexpr (K::terms == 2)
+            product(tokens, depth, reinterpret_cast<const Pair*>(x + j), p.in / 2, 1, b, u, width, false);
+        else
+            product(tokens, depth, x + j, p.in, 1, b, u, width, false);
+        const int64_t next = j + r < p.in ? r : 0;
+        for (int64_t i = 0; i < tokens; i++) {
+            const T* xs = x + i * p.in + j;
+            T* __restrict xus = xu + i * p.in + j;
+            const float* us = u + i * width;
+            float* __restrict sums = s + i * width;
+            prefetch(xs + r, next);
+            for (int64_t c = 0; c < r; c++) {
+                sums[c] = (j ? sums[c] : 0) + us[c];
+                store_evenly(xus + c, widened(xs[c]) + us[c], uint32_t(first + i), uint32_t(j + c));
+            }
+        }
+    }
+    T* tile = reinterpret_cast<T*>(u);
+    for (int64_t i = 0; i < tokens; i++, y += p.out) {
+        for (int64_t c = 0; c < r; c++) store(tile + c, s[i * width + c]);
+        for (int64_t j = 0; j < p.out; j += r) memcpy(y + j, tile, sizeof(T) * size_t(least(r, p.out - j)));
+    }
+}
+
+// What the products of one piece read, made of its q, x (rows of `in`) and t: `du` (tokens, r), and along the tokens `left`, which
+// is du, and `right`, which is x.
 template <class T>
-INLINE void backward_row(const Problem& p, int64_t row) {
-    const T* g = static_cast<const T*>(p.g) + row * p.out;
-    const T* q = static_cast<const T*>(p.q) + row * p.in;
-    const T* x = static_cast<const T*>(p.x) + row * p.in;
-    T* __restrict du = static_cast<T*>(p.du) + row * p.r;
-    T* __restrict pieces = static_cast<T*>(p.pieces) + row * p.r;
-    float t[kWidest];
-    for (int64_t c = 0; c < p.r; c++) t[c] = 0;
-    for (int64_t i = 0; i < p.out; i += p.r) {
-        int64_t width = p.out - i < p.r ? p.out - i : p.r;
-        for (int64_t c = 0; c < width; c++) t[c] += widened(g[i + c]);
-    }
-    for (int64_t j = 0; j < p.in; j += p.r, du += p.n * p.r, pieces += p.n * p.r) {
-        for (int64_t c = 0; c < p.r; c++) store(du + c, widened(q[j + c]) + t[c]);
-        memcpy(pieces, x + j, sizeof(T) * p.r);
+INLINE void operands(int64_t tokens, int64_t in, int64_t r, int64_t next, const T* q, const T* x, const float* t, float* du, float*,
+                     float* right) {
+    const int64_t width = padded(r);
+    for (int64_t i = 0; i < tokens; i++, q += in, x += in, t += width, du += width, right += width) {
+        prefetch(q + r, next), prefetch(x + r, next);
+        for (int64_t c = 0; c < r; c++) du[c] = widened(q[c]) + t[c], right[c] = widened(x[c]);
     }
 }
 
-template <class T, void row_of(const Problem&, int64_t)>
-void rows(const Problem& p, const wkv6::Threads& threads) {
-    threads.run(
-        (p.n + kRows - 1) / kRows,
-        [](const void* data, int64_t i) {
-            const Problem& p = *static_cast<const Problem*>(data);
-            for (int64_t row = i * kRows; row < p.n && row < (i + 1) * kRows; row++) row_of(p, row);
-        },
-        &p);
+INLINE void operands(int64_t tokens, int64_t in, int64_t r, int64_t next, const bf16* q, const bf16* x, const float* t, Pair* du,
+                     Pair* left, Pair* right) {
+    const int64_t width = padded(r);
+    for (int64_t i = 0; i < tokens; i += 2, left += width, right += width) {
+        bf16* rounded = reinterpret_cast<bf16*>(du) + i * r;
+        const bool alone = i + 1 == tokens;
+        for (int64_t k = 0; k < 2 - alone; k++, q += in, t += width) {
+            prefetch(q + r, next);
+            for (int64_t c = 0; c < r; c++) store(rounded + k * r + c, widened(q[c]) + t[c]);
+        }
+        for (int64_t k = 0; k < 2 - alone; k++) prefetch(x + k * in + r, next);
+        if (alone)
+            for (int64_t c = 0; c < r; c++) left[c].bits = rounded[c].bits, right[c].bits = x[c].bits;
+        else
+            for (int64_t c = 0; c < r; c++) {
+                left[c].bits = rounded[c].bits | uint32_t(rounded[r + c].bits) << 16;
+                right[c].bits = x[c].bits | uint32_t(x[in + c].bits) << 16;
+            }
+        x += 2 * in;
+    }
+}
+
+template <class K>
+void backward_tile(const Problem& p, const Workspace& work, int64_t share, int64_t group, int64_t first, int64_t tokens) {
+    using T = typename K::Given;
+    using Held = typename K::Held;
+    const T* x = static_cast<const T*>(p.x) + first * p.in;
+    const T* g = static_cast<const T*>(p.g) + first * p.out;
+    T* q = static_cast<T*>(p.q) + first * p.in;
+    const int64_t r = p.r, width = padded(r), depth = r / K::terms, m = p.in / r;
+    float *t = work.array(0), *update = work.array(1);
+    Held *right = reinterpret_cast<Held*>(work.array(2)), *du = reinterpret_cast<Held*>(work.array(3));
+    // pairs along r and along the tokens are two arrays, floats are one
+    Held* left = K::terms == 2 ? reinterpret_cast<Held*>(work.array(4)) : du;
+    const int64_t du_row = K::terms == 2 ? depth : width;
+    for (int64_t i = 0; i < tokens; i++, g += p.out) {
+        float* __restrict sums = t + i * width;
+        for (int64_t c = 0; c < r; c++) sums[c] = 0;
+        for (int64_t j = 0; j < p.out; j += r)
+            for (int64_t c = 0, some = least(r, p.out - j); c < some; c++) sums[c] += widened(g[j + c]);
+    }
+    for (int64_t piece = m * group / p.groups, last = m * (group + 1) / p.groups; piece < last; piece++) {
+        const int64_t j = piece * r;
+        operands(tokens, p.in, r, piece + 1 < last ? r : 0, q + j, x + j, t, du, left, right);
+        float* db = p.db + (share * m + piece) * r * width;
+        product(r, (tokens + K::terms - 1) / K::terms, left, 1, width, right, db, width, true);
+        if (!p.wants_dx) continue;
+        product(tokens, depth, du, du_row, 1, static_cast<const Held*>(p.b) + piece * depth * width, update, width, false);
+        for (int64_t i = 0; i < tokens; i++)
+            for (int64_t c = 0; c < r; c++) {
+                T* dx = q + i * p.in + j + c;
+                store(dx, widened(*dx) + update[i * width + c]);
+            }
+    }
+}
+
+template <class K>
+void forward_all(const Problem& p, const wkv6::Threads& threads) {
+    threads.each((p.n + kTokens<K> - 1) / kTokens<K>, [&](int64_t i) {
+        Workspace work(2, kTokens<K>, p.r);
+        forward_tile<K>(p, work, i * kTokens<K>, least(kTokens<K>, p.n - i * kTokens<K>));
+    });
+}
+
+template <class K>
+void backward_all(const Problem& p, const wkv6::Threads& threads) {
+    threads.each(p.shares * p.groups, [&](int64_t task) {
+        Workspace work(5, kTokens<K>, p.r);
+        int64_t share = task / p.groups, size = (p.n + p.shares - 1) / p.shares, last = least(p.n, (share + 1) * size);
+        for (int64_t i = share * size; i < last; i += kTokens<K>)
+            backward_tile<K>(p, work, share, task % p.groups, i, least(kTokens<K>, last - i));
+    });
 }
 
 }  // namespace
 
 void forward(const Problem& p, const wkv6::Threads& threads) {
-    p.bf16 ? rows<uint16_t, forward_row<uint16_t>>(p, threads) : rows<float, forward_row<float>>(p, threads);
+    (p.pairs ? forward_all<Paired> : p.bf16 ? forward_all<Single<bf16>> : forward_all<Single<float>>)(p, threads);
 }
 
 void backward(const Problem& p, const wkv6::Threads& threads) {
-    p.bf16 ? rows<uint16_t, backward_row<uint16_t>>(p, threads) : rows<float, backward_row<float>>(p, threads);
+    (p.pairs ? backward_all<Paired> : p.bf16 ? backward_all<Single<bf16>> : backward_all<Single<float>>)(p, threads);
 }
 
 }  // namespace BONE_VARIANT
@@ -138,19 +352,31 @@ void backward(const Problem& p, const wkv6::Threads& threads) {
 
 extern "C" {
 
-// `variant` is one that wkv6_cpu_has.
-void bone_cpu_forward(int variant, int threads, void* parallel, int bf16, int64_t n, int64_t in, int64_t out, int64_t r,
-                      const void* x, const void* u, void* xu, void* y) {
-    bone::Problem p{bf16, n, in, out, r};
-    p.x = x, p.u = u, p.xu = xu, p.y = y;
+// `variant` is one that wkv6_cpu_has; `pairs` only where bone_cpu_pairs, for bf16 and an even r. b is (in / r, r, r padded to
+// kLanes) floats, first index of the two the summed one, or (in / r, r / 2, r padded) pairs of bf16 along that.
+void bone_cpu_forward(int variant, int threads, void* parallel, int bf16, int pairs, int64_t n, int64_t in, int64_t out, int64_t r,
+                      const void* x, const void* b, void* xu, void* y) {
+    bone::Problem p{bf16, pairs, n, in, out, r};
+    p.x = x, p.b = b, p.xu = xu, p.y = y;
     CHOOSE(forward)(p, {threads, parallel});
 }
 
-void bone_cpu_backward(int variant, int threads, void* parallel, int bf16, int64_t n, int64_t in, int64_t out, int64_t r,
-                       const void* x, const void* g, const void* q, void* du, void* pieces) {
-    bone::Problem p{bf16, n, in, out, r};
-    p.x = x, p.g = g, p.q = q, p.du = du, p.pieces = pieces;
+void bone_cpu_backward(int variant, int threads, void* parallel, int bf16, int pairs, int64_t n, int64_t in, int64_t out, int64_t r,
+                       const void* x, const void* b, const void* g, void* q, float* db, int64_t shares,
+                       int64_t groups, int wants_dx) {
+    bone::Problem p{bf16, pairs, n, in, out, r};
+    p.x = x, p.b = b, p.g = g, p.q = q, p.db = db, p.shares = shares, p.groups = groups, p.wants_dx = wants_dx;
     CHOOSE(backward)(p, {threads, parallel});
+}
+
+// Whether the variant takes pairs on this machine.
+int bone_cpu_pairs(int variant) {
+#ifdef KNOWS_PAIRS
+    __builtin_cpu_init();
+    return variant == 2 && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""Bone's forward and backward on the CPU, what lies between its matrix products in one pass over memory: cuda/bone_cpu.cpp.
+"""Bone's forward and backward on the CPU: all but the two large products is in cuda/bone_cpu.cpp, in one pass over each tensor.
 
 The formulas are in rwkv_bone/peft/bone.py. The kernels are part of the library of the WKV6 kernel.
 """
@@ -6,14 +6,15 @@ The formulas are in rwkv_bone/peft/bone.py. The kernels are part of the library 
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
 from . import wkv6_cpu
 
-WIDEST = 4096  # kWidest in cuda/bone_cpu.cpp
-AT_ONCE = 512  # tokens of a large product
-FEW = 128  # tokens of the small ones, a thread: what passes between these stays in its core's cache
+WIDEST = 512  # of a piece: the products of wider ones are such as torch's are made for
+LANES = 16  # kLanes in cuda/bone_cpu.cpp
+AT_ONCE = 1024  # tokens of a large product for each thread, and for two at least: fewer are slower, more take more memory
 
 
 def fits(x: Tensor, r: int) -> bool:
@@ -30,17 +31,14 @@ def fits(x: Tensor, r: int) -> bool:
 
 
 def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """y (n, out) of x (n, in), w (out, in) and b (m, r, r), of one dtype, x contiguous."""
-    m, r, _ = b.shape
+    """y (n, out) of x (n, in), w (out, in) and b (m, r, r), x and w of one dtype, x contiguous."""
     y = x.new_empty(len(x), len(w))
-    x_plus_u = torch.empty_like(x[: many()])  # one for all tokens: fresh memory costs more than what is done in it
-    work = torch.empty_like(x[: few()])
-    for rows in spans(len(x), many()):
+    x_plus_u = torch.empty_like(x[: at_once()])  # one for all tokens: fresh memory costs more than what is done in it
+    r = b.shape[-1]
+    b = packed(b.mT, x.dtype)
+    for rows in spans(len(x)):
         xs, ys, xus = x[rows], y[rows], x_plus_u[: rows.stop - rows.start]
-        for part in spans(len(xs), few()):
-            u = work[: part.stop - part.start].view(m, -1, r)
-            torch.bmm(pieces(xs[part], r), b.mT, out=u)
-            call("bone_cpu_forward", xs[part], len(w), r, xs[part], u, xus[part], ys[part])
+        call("bone_cpu_forward", xs, len(w), r, xs, b, xus, ys)
         # the product is added to the tiles before it is rounded: s is small beside it at the start of a training
         ys.addmm_(xus, w.T)
     return y
@@ -49,41 +47,43 @@ def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
     """dx (n, in) in x's dtype, if wanted, and db (m, r, r) in float32, from g (n, out). x and g are contiguous."""
     m, r, _ = b.shape
-    dx = torch.empty_like(x if wants_dx else x[: many()])
-    db = torch.zeros(m, r, r)
-    work = x.new_empty(2, min(len(x), few()), x.shape[1])
-    for rows in spans(len(x), many()):
+    dx = torch.empty_like(x if wants_dx else x[: at_once()])
+    b = packed(b, x.dtype)
+    threads = torch.get_num_threads()
+    shares = min(threads, max(1, len(w) // (2 * r)))  # of the tokens: their db are half of the weight at most
+    groups = -(-threads // shares)  # of the pieces
+    db = torch.zeros(shares, m, r, -(-r // LANES) * LANES)
+    for rows in spans(len(x)):
         xs, gs = x[rows], g[rows]
         q = torch.mm(gs, w, out=dx[rows] if wants_dx else dx[: len(xs)])
-        for part in spans(len(xs), few()):
-            du, x_pieces = work[:, : part.stop - part.start].reshape(2, m, -1, r)
-            call("bone_cpu_backward", xs[part], len(w), r, xs[part], gs[part], q[part], du, x_pieces)
-            db += torch.bmm(du.mT, x_pieces)
-            if wants_dx:
-                pieces(q[part], r).baddbmm_(du, b)
-    return dx if wants_dx else None, db
+        call("bone_cpu_backward", xs, len(w), r, xs, b, gs, q, db, shares, groups, wants_dx)
+    return dx if wants_dx else None, db.sum(0)[..., :r]
 
 
-def spans(n: int, size: int) -> list[slice]:
+def spans(n: int) -> list[slice]:
+    size = at_once()
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def few() -> int:
-    return FEW * torch.get_num_threads()
+def at_once() -> int:
+    return AT_ONCE * max(2, torch.get_num_threads())
 
 
-def many() -> int:
-    return max(AT_ONCE, few())
+def takes_pairs(dtype: torch.dtype, r: int) -> bool:
+    return dtype == torch.bfloat16 and r % 2 == 0 and bool(wkv6_cpu.library().bone_cpu_pairs(wkv6_cpu.variant_number(None)))
 
 
-def pieces(x: Tensor, r: int) -> Tensor:
-    """(n, in) -> (in / r, n, r), a view."""
-    return x.unflatten(1, (-1, r)).transpose(0, 1)
+def packed(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """b (m, r, r), the middle index the summed one, as the kernels for `dtype` read it: padded, and float32 or pairs of bf16."""
+    r = b.shape[-1]
+    b = F.pad(b.to(dtype), (0, -r % LANES))
+    return (b.unflatten(1, (-1, 2)).transpose(2, 3) if takes_pairs(dtype, r) else b.float()).contiguous()
 
 
-def call(name: str, x: Tensor, out: int, r: int, *tensors: Tensor) -> None:
+def call(name: str, x: Tensor, out: int, r: int, *arguments: Tensor | int) -> None:
     head = wkv6_cpu.variant_number(None), torch.get_num_threads(), wkv6_cpu.torch_threads(), x.dtype == torch.bfloat16
-    getattr(wkv6_cpu.library(), name)(*head, *x.shape, out, r, *(t.data_ptr() for t in tensors))
+    function = getattr(wkv6_cpu.library(), name)
+    function(*head, takes_pairs(x.dtype, r), *x.shape, out, r, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 @functools.cache

@@ -46,9 +46,8 @@ def library() -> ctypes.CDLL:
     head: list[Any] = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
     lib.wkv6_cpu_forward.argtypes = head + [ctypes.c_void_p] * 9
     lib.wkv6_cpu_backward.argtypes = head + [ctypes.c_void_p] * 14
-    head = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_int64] * 4]
     lib.bone_cpu_forward.argtypes = head + [ctypes.c_void_p] * 4
-    lib.bone_cpu_backward.argtypes = head + [ctypes.c_void_p] * 5
+    lib.bone_cpu_backward.argtypes = head + [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     for function in (lib.wkv6_cpu_forward, lib.wkv6_cpu_backward, lib.bone_cpu_forward, lib.bone_cpu_backward):
         function.restype = None
     return lib

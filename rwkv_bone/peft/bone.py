@@ -63,7 +63,7 @@ class BoneFunction(torch.autograd.Function):
         in_, (m, r, _) = x.shape[1], bone.shape
         w = dense(weight)
         if bone_cpu.fits(x, r):
-            return bone_cpu.forward(x, w, bone.to(x.dtype))
+            return bone_cpu.forward(x, w, bone)
         transposed = bone.to(x.dtype).transpose(1, 2)
         y = x.new_empty(len(x), len(w))
         fused = bone_cuda.fits(x, None, len(w), r)
@@ -90,11 +90,11 @@ class BoneFunction(torch.autograd.Function):
         g = g.contiguous()
         in_, r = x.shape[1], bone.shape[-1]
         w = dense(ctx.weight)
-        b = bone.to(x.dtype)
         wants_dx, _, wants_dbone = ctx.needs_input_grad
         if bone_cpu.fits(x, r):
-            by_kernels = bone_cpu.backward(x, w, b, g, wants_dx)
+            by_kernels = bone_cpu.backward(x, w, bone, g, wants_dx)
             return by_kernels[0], None, by_kernels[1]
+        b = bone.to(x.dtype)
         fused = bone_cuda.fits(x, g, len(w), r)
         dx = torch.empty_like(x) if wants_dx else None
         dbone = torch.zeros_like(bone) if wants_dbone else None
