@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.doctor import cpu_name
+from rwkv_bone.ops.float32 import multiply_fast
 from rwkv_bone.peft import METHODS
 
 SIZES = {"1.6B": (2048, 7168), "3B": (2560, 8960), "7B": (4096, 14336)}  # C, F of RWKV-6 World
@@ -176,13 +177,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--plain", action="store_true", help="float32 products as torch chooses them, not as train.py does")
     parser.add_argument("--square", action="store_true", help="the square projections alone, the most of them")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the tables to it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    library = "" if args.plain else multiply_fast(args.device, min(args.tokens))
+    by = f" by {library}" if library and args.dtype == "fp32" else ""
 
     head = (
-        f"`benchmarks/bone.py`, {datetime.date.today()}, {hardware(args.device)}, {args.dtype}, torch {torch.__version__}. "
+        f"`benchmarks/bone.py`, {datetime.date.today()}, {hardware(args.device)}, {args.dtype}{by}, torch {torch.__version__}. "
         "Forward + backward of one projection, its weight frozen: ms (multiple of the frozen projection alone), peak extra MiB. "
         f"Times are the least of {args.repeats} interleaved repeats."
     )

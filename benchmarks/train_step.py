@@ -1,6 +1,7 @@
 """One training step (forward, backward, AdamW) of an RWKV-6: tokens/s and peak memory, ours against others in one run.
 
-    ours          Bone in activation form
+    ours          Bone in activation form, and the products of float32 that train.py chooses (rwkv_bone/ops/float32.py)
+    ours, plain   the same with torch's own choice of them, as the others have it
     materialised  Bone as RWKV-PEFT computes it: W' is formed at each use, by plain autograd
     peft LoRA     Hugging Face peft's LoRA of half the rank on the same model (the same number of trained parameters)
 
@@ -19,11 +20,12 @@ import torch
 
 from rwkv_bone.doctor import cpu_name
 from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.ops.float32 import multiply_fast
 from rwkv_bone.peft import METHODS, adapters, inject
 from rwkv_bone.peft.bone import BoneLinear
 from rwkv_bone.training.loss import cross_entropy_sum
 
-VARIANTS = ("ours", "materialised", "peft LoRA")
+VARIANTS = ("ours", "ours, plain", "materialised", "peft LoRA")
 
 
 class MaterialisedBone(BoneLinear):
@@ -47,7 +49,7 @@ def adapt(model: torch.nn.Module, variant: str, r: int) -> None:
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
         return
-    method = METHODS["bone"] if variant == "ours" else MaterialisedBone
+    method = METHODS["bone"] if variant.startswith("ours") else MaterialisedBone
     inject(model, method, method.Config(r))
     assert adapters(model)
 
@@ -60,6 +62,8 @@ def peak_bytes(device: str) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
+    if args.variant == "ours":
+        multiply_fast(args.device, args.micro_bsz * args.ctx_len)
     config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = RWKV(config).initialise().to(args.device, dtype)
@@ -96,6 +100,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
+PRODUCTS |= {"BoneFunction", "BoneFunctionBackward"}  # the small ones, in kernels
 
 
 def profile_step(step, device: str) -> None:

@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV
 from ..ops import wkv6
+from ..ops.float32 import multiply_fast
 from ..peft import METHODS, adapters
 from ..peft.adapter import QuantisedWeight
 from ..words import counted, in_bytes
@@ -75,7 +76,7 @@ def name_of_part(path: list[str]) -> str:
     return "time" if path[3].startswith("time_") else ".".join(path[2:4])
 
 
-def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
+def describe(model: RWKV, data, config: TrainConfig, world: int, multiply: str = "") -> str:
     """All that a person wants to know before the first step."""
     c = model.config
     quantised = [math.prod(m.shape) for m in model.modules() if isinstance(m, QuantisedWeight)]
@@ -109,7 +110,8 @@ def describe(model: RWKV, data, config: TrainConfig, world: int) -> str:
     lines.append(f"rate       {schedule}, {counted(config.warmup_steps, 'warm-up step')}")
     engine = config.strategy if config.strategy != "auto" else "ddp" if world > 1 else "one process"
     kernel = wkv6.describe(device, base_dtype(config), c.head_size, config.op)
-    lines.append(f"device     {world} x {name}, {precision(config)}, engine: {engine}, WKV6: {kernel}")
+    by = f" by {multiply}" if multiply and base_dtype(config) == torch.float32 else ""
+    lines.append(f"device     {world} x {name}, {precision(config)}{by}, engine: {engine}, WKV6: {kernel}")
     parts = estimate(model, config.micro_bsz, data.longest_row(), config, world, device == "cuda")
     detail = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items())
     lines.append(f"memory     about {in_bytes(sum(parts.values()))} a device: {detail}")
@@ -167,6 +169,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     if len(dtypes) > 1 and config.strategy.startswith("deepspeed_stage_3"):
         raise UserError("--strategy deepspeed_stage_3 takes no --train_parts of a bf16 base beside fp32 adapters; stage 2 does")
     quiet_lightning()
+    multiply = multiply_fast(device_type(config), config.micro_bsz * data.longest_row(), precision(config) == "tf32")
     model.grad_cp = config.grad_cp
     model.op = config.op
     records = Records(config)
@@ -190,7 +193,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     first = trainer.is_global_zero
     if first:
         prepare_folder(config)
-        print(describe(model, data, config, trainer.world_size), flush=True)
+        print(describe(model, data, config, trainer.world_size, multiply), flush=True)
     if config.dry_run:
         return 0
     if config.resume:
