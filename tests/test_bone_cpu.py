@@ -108,6 +108,41 @@ def test_the_layer_computes_the_same_with_them(variant, monkeypatch, dtype, want
         assert (a - b).float().norm() / b.float().norm() < (2**-7 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("wants_dx", [True, False])
+@pytest.mark.parametrize("size", [2e-5, 0.05])  # of B: just started, and as large as the form takes
+def test_for_many_tokens_w_is_made_and_the_gradients_are_still_the_formulas(variant, monkeypatch, wants_dx, size):
+    monkeypatch.setattr(bone_cpu, "at_once", lambda: 90)
+    made, merged = [], bone_cpu.merged
+    monkeypatch.setattr(bone_cpu, "merged", lambda *args: (made.append(1), merged(*args))[1])
+    torch.manual_seed(0)
+    layer = BoneLinear(torch.randn(96, 64) / 8, BoneLinear.Config(r=8))
+    torch.nn.init.uniform_(layer.bone, -size, size)
+    x, g = torch.randn(200, 64, requires_grad=wants_dx), torch.randn(200, 96)
+    wanted = [x, layer.bone] if wants_dx else [layer.bone]
+    y = layer(x)
+    ours = [y, *torch.autograd.grad(y, wanted, g)]
+    assert len(made) == 2
+    exact = BoneLinear(layer.weight.double(), layer.config).double()
+    exact.bone.data = layer.bone.detach().double()
+    x = x.detach().double().requires_grad_(wants_dx)
+    y = exact(x)
+    for a, b in zip(ours, [y, *torch.autograd.grad(y, [x, exact.bone] if wants_dx else [exact.bone], g.double())]):
+        assert (a - b).norm() < 5e-7 * b.norm()
+    # what is added to W arrives whole
+    base = x.detach() @ layer.weight.double().T
+    assert (ours[0] - y).norm() < 0.01 * (y - base).norm()
+
+
+def test_w_is_not_made_where_that_would_be_slower_or_worse():
+    def better(n=192, out=96, r=8, dtype=torch.float32, size=0.05):
+        w, b = torch.zeros(out, 64, dtype=dtype), size * torch.ones(64 // r, r, r)
+        return bone_cpu.better_merged(torch.zeros(n, 64, dtype=dtype), w, b)
+
+    assert better() and not better(n=191) and not better(out=90) and not better(dtype=torch.bfloat16)
+    assert better(size=0.062) and not better(size=0.063)  # norm 1/2 = 8 x 0.0625
+    assert not better(size=torch.nan)
+
+
 def test_what_they_do_not_take_goes_the_other_way(monkeypatch):
     x = torch.zeros(2, 64)
     assert bone_cpu.fits(x, 16) and bone_cpu.fits(x.bfloat16(), 64)

@@ -16,6 +16,7 @@ from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.data.samples import BatchSampler
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.ops import wkv6_cpu
+from rwkv_bone.ops.float32 import onednn_is_right
 from rwkv_bone.plot import read_run
 from rwkv_bone.training.loader import TrainingData
 from rwkv_bone.training.module import StepRecord
@@ -96,6 +97,8 @@ def test_the_device_line_names_what_was_chosen(world):
 
     assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 thread")
     assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
+    many = line("--micro_bsz", 256)  # tokens, and as many again
+    assert ("fp32 by oneDNN, engine" if onednn_is_right() else "fp32, engine") in many
     assert "engine: ddp" in line("--devices", 2)
 
 

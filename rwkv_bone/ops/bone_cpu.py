@@ -1,6 +1,13 @@
 """Bone's forward and backward on the CPU: all but the two large products is in cuda/bone_cpu.cpp, in one pass over each tensor.
 
 The formulas are in rwkv_bone/peft/bone.py. The kernels are part of the library of the WKV6 kernel.
+
+float32 has a second form, for many tokens, which makes W' and still needs neither its gradient nor a third large product:
+
+    y = x W'^T;   dx = g W';   dx_j + t = q_j + du_j B_j + t = du_j (I + B_j),  so  dB_j = (I + B_j)^-T sum (dx_j + t)^T x_j
+
+It takes (n + 2 out) in r multiplications beside the two large products, where the other takes 3 n in r. In bf16 it would lose
+what W' has beside W (rwkv_bone/peft/rounding.py).
 """
 
 import functools
@@ -14,7 +21,8 @@ from . import wkv6_cpu
 
 WIDEST = 512  # of a piece: the products of wider ones are such as torch's are made for
 LANES = 16  # kLanes in cuda/bone_cpu.cpp
-AT_ONCE = 1024  # tokens of a large product for each thread, and for two at least: fewer are slower, more take more memory
+AT_ONCE = 512  # tokens of a large product for each thread, and for two at least: fewer are slower, more take more memory
+MANY = 2  # tokens for each output from which on making W' is the faster
 
 
 def fits(x: Tensor, r: int) -> bool:
@@ -32,10 +40,11 @@ def fits(x: Tensor, r: int) -> bool:
 
 def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """y (n, out) of x (n, in), w (out, in) and b (m, r, r), x and w of one dtype, x contiguous."""
+    if better_merged(x, w, b):
+        return x @ merged(w, b).T
     y = x.new_empty(len(x), len(w))
     x_plus_u = torch.empty_like(x[: at_once()])  # one for all tokens: fresh memory costs more than what is done in it
-    r = b.shape[-1]
-    b = packed(b.mT, x.dtype)
+    r, b = b.shape[-1], packed(b.mT, x.dtype)
     for rows in spans(len(x)):
         xs, ys, xus = x[rows], y[rows], x_plus_u[: rows.stop - rows.start]
         call("bone_cpu_forward", xs, len(w), r, xs, b, xus, ys)
@@ -47,17 +56,38 @@ def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
     """dx (n, in) in x's dtype, if wanted, and db (m, r, r) in float32, from g (n, out). x and g are contiguous."""
     m, r, _ = b.shape
-    dx = torch.empty_like(x if wants_dx else x[: at_once()])
-    b = packed(b, x.dtype)
-    threads = torch.get_num_threads()
-    shares = min(threads, max(1, len(w) // (2 * r)))  # of the tokens: their db are half of the weight at most
-    groups = -(-threads // shares)  # of the pieces
+    shares = min(torch.get_num_threads(), max(1, len(w) // (2 * r)))  # of the tokens: their db are half of the weight at most
+    groups = -(-torch.get_num_threads() // shares)  # of the pieces
     db = torch.zeros(shares, m, r, -(-r // LANES) * LANES)
+    by_merged = better_merged(x, w, b)
+    b_, w_ = packed(b, x.dtype), merged(w, b) if by_merged else w
+    dx = torch.empty_like(x if wants_dx else x[: at_once()])
     for rows in spans(len(x)):
         xs, gs = x[rows], g[rows]
-        q = torch.mm(gs, w, out=dx[rows] if wants_dx else dx[: len(xs)])
-        call("bone_cpu_backward", xs, len(w), r, xs, b, gs, q, db, shares, groups, wants_dx)
-    return dx if wants_dx else None, db.sum(0)[..., :r]
+        q = torch.mm(gs, w_, out=dx[rows] if wants_dx else dx[: len(xs)])
+        call("bone_cpu_backward", xs, len(w), r, xs, b_, gs, q, db, shares, groups, wants_dx and not by_merged)
+    db = db.sum(0)[..., :r]
+    if by_merged:  # what the kernel summed is (dx_j + t)^T x_j
+        db = torch.linalg.solve((torch.eye(r) + b).mT, db)
+    return dx if wants_dx else None, db
+
+
+def better_merged(x: Tensor, w: Tensor, b: Tensor) -> bool:
+    """Whether to make W': where it takes less time, and I + B_j are far from singular."""
+    n, out, r = len(x), len(w), b.shape[-1]
+    if x.dtype != torch.float32 or out % r or n < MANY * out:
+        return False
+    sizes = b.abs()
+    return bool(sizes.sum(1).max() * sizes.sum(2).max() < 0.25)  # |B_j|_2^2 <= |B_j|_1 |B_j|_inf
+
+
+def merged(w: Tensor, b: Tensor) -> Tensor:
+    """W' = W + W B + B, of float32."""
+    m, r, _ = b.shape
+    made = torch.empty_like(w)
+    call("bone_cpu_forward", w, 0, r, w, packed(b, w.dtype), made, made[:0])
+    made.view(-1, r, m, r).add_(b.transpose(0, 1))
+    return made
 
 
 def spans(n: int) -> list[slice]:

@@ -8,8 +8,7 @@ output blocks:
 
 One large product forward and one backward, as a frozen projection has, and 6 n in r multiplications more for n tokens, against
 4 n in out for those two. Nothing of the weight's shape is made or kept. Where r does not divide a size, x and q are padded with
-zeros and tile(s) is cut. No other exact form counts fewer operations at any n: one that makes W' costs out in r to make it and a
-third large product, n out in, for its gradient.
+zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone_cpu.py.
 """
 
 import torch
