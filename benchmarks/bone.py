@@ -26,7 +26,7 @@ from rwkv_bone.doctor import cpu_name
 from rwkv_bone.ops.float32 import multiply_fast
 from rwkv_bone.peft import METHODS
 
-SIZES = {"1.6B": (2048, 7168), "3B": (2560, 8960), "7B": (4096, 14336)}  # C, F of RWKV-6 World
+SIZES = {"0.1B": (768, 2688), "1.6B": (2048, 7168), "3B": (2560, 8960), "7B": (4096, 14336)}  # C, F of RWKV-6 World
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 R = 64
 REFERENCE = "frozen linear"

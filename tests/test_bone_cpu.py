@@ -109,7 +109,7 @@ def test_the_layer_computes_the_same_with_them(variant, monkeypatch, dtype, want
 
 
 @pytest.mark.parametrize("wants_dx", [True, False])
-@pytest.mark.parametrize("size", [2e-5, 0.05])  # of B: just started, and as large as the form takes
+@pytest.mark.parametrize("size", [2e-5, 0.1, 3])  # of B: just started, trained, and I + B too near to singular to be inverted
 def test_for_many_tokens_w_is_made_and_the_gradients_are_still_the_formulas(variant, monkeypatch, wants_dx, size):
     monkeypatch.setattr(bone_cpu, "at_once", lambda: 90)
     made, merged = [], bone_cpu.merged
@@ -121,26 +121,30 @@ def test_for_many_tokens_w_is_made_and_the_gradients_are_still_the_formulas(vari
     wanted = [x, layer.bone] if wants_dx else [layer.bone]
     y = layer(x)
     ours = [y, *torch.autograd.grad(y, wanted, g)]
-    assert len(made) == 2
+    assert len(made) == (1 if size == 3 else 2)
     exact = BoneLinear(layer.weight.double(), layer.config).double()
     exact.bone.data = layer.bone.detach().double()
     x = x.detach().double().requires_grad_(wants_dx)
     y = exact(x)
     for a, b in zip(ours, [y, *torch.autograd.grad(y, [x, exact.bone] if wants_dx else [exact.bone], g.double())]):
-        assert (a - b).norm() < 5e-7 * b.norm()
+        assert (a - b).norm() < 1e-6 * b.norm()
     # what is added to W arrives whole
     base = x.detach() @ layer.weight.double().T
     assert (ours[0] - y).norm() < 0.01 * (y - base).norm()
 
 
-def test_w_is_not_made_where_that_would_be_slower_or_worse():
-    def better(n=192, out=96, r=8, dtype=torch.float32, size=0.05):
-        w, b = torch.zeros(out, 64, dtype=dtype), size * torch.ones(64 // r, r, r)
-        return bone_cpu.better_merged(torch.zeros(n, 64, dtype=dtype), w, b)
+def test_w_is_not_made_where_that_would_be_slower_or_lose_digits():
+    def many(n=192, out=96, dtype=torch.float32):
+        return bone_cpu.many(torch.zeros(n, 64, dtype=dtype), torch.zeros(out, 64, dtype=dtype), torch.zeros(8, 8, 8))
 
-    assert better() and not better(n=191) and not better(out=90) and not better(dtype=torch.bfloat16)
-    assert better(size=0.062) and not better(size=0.063)  # norm 1/2 = 8 x 0.0625
-    assert not better(size=torch.nan)
+    assert many() and not many(n=191) and not many(out=90) and not many(dtype=torch.bfloat16)
+    good = torch.eye(8) + 0.1 * torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    inverse = bone_cpu.inverted(good)
+    torch.testing.assert_close(inverse @ good, torch.eye(8).expand(3, -1, -1))
+    for bad in (torch.zeros(8), torch.tensor([1.0] * 7 + [1e-3]), torch.full((8,), torch.nan)):
+        spoilt = good.clone()
+        spoilt[1] = torch.diag(bad)
+        assert bone_cpu.inverted(spoilt) is None
 
 
 def test_what_they_do_not_take_goes_the_other_way(monkeypatch):

@@ -40,7 +40,7 @@ def fits(x: Tensor, r: int) -> bool:
 
 def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """y (n, out) of x (n, in), w (out, in) and b (m, r, r), x and w of one dtype, x contiguous."""
-    if better_merged(x, w, b):
+    if many(x, w, b):
         return x @ merged(w, b).T
     y = x.new_empty(len(x), len(w))
     x_plus_u = torch.empty_like(x[: at_once()])  # one for all tokens: fresh memory costs more than what is done in it
@@ -59,26 +59,36 @@ def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tupl
     shares = min(torch.get_num_threads(), max(1, len(w) // (2 * r)))  # of the tokens: their db are half of the weight at most
     groups = -(-torch.get_num_threads() // shares)  # of the pieces
     db = torch.zeros(shares, m, r, -(-r // LANES) * LANES)
-    by_merged = better_merged(x, w, b)
-    b_, w_ = packed(b, x.dtype), merged(w, b) if by_merged else w
+    inverse = inverted(torch.eye(r) + b) if many(x, w, b) else None
+    w_ = w if inverse is None else merged(w, b)
+    b = packed(b, x.dtype)
     dx = torch.empty_like(x if wants_dx else x[: at_once()])
     for rows in spans(len(x)):
         xs, gs = x[rows], g[rows]
         q = torch.mm(gs, w_, out=dx[rows] if wants_dx else dx[: len(xs)])
-        call("bone_cpu_backward", xs, len(w), r, xs, b_, gs, q, db, shares, groups, wants_dx and not by_merged)
+        call("bone_cpu_backward", xs, len(w), r, xs, b, gs, q, db, shares, groups, wants_dx and inverse is None)
     db = db.sum(0)[..., :r]
-    if by_merged:  # what the kernel summed is (dx_j + t)^T x_j
-        db = torch.linalg.solve((torch.eye(r) + b).mT, db)
+    if inverse is not None:  # what the kernel summed is (dx_j + t)^T x_j
+        db = inverse.mT @ db
     return dx if wants_dx else None, db
 
 
-def better_merged(x: Tensor, w: Tensor, b: Tensor) -> bool:
-    """Whether to make W': where it takes less time, and I + B_j are far from singular."""
-    n, out, r = len(x), len(w), b.shape[-1]
-    if x.dtype != torch.float32 or out % r or n < MANY * out:
-        return False
-    sizes = b.abs()
-    return bool(sizes.sum(1).max() * sizes.sum(2).max() < 0.25)  # |B_j|_2^2 <= |B_j|_1 |B_j|_inf
+def many(x: Tensor, w: Tensor, b: Tensor) -> bool:
+    """Whether the form that makes W' takes less time."""
+    return x.dtype == torch.float32 and len(w) % b.shape[-1] == 0 and len(x) >= MANY * len(w)
+
+
+def inverted(a: Tensor) -> Tensor | None:
+    """The inverse of each a (m, r, r), or None where that would cost more than two of float32's seven digits."""
+    inverse, failed = torch.linalg.inv_ex(a)
+    error = norm(a) * norm(inverse)  # a NaN of a failed one is not below anything
+    return inverse if not failed.any() and (error < 100).all() else None
+
+
+def norm(a: Tensor) -> Tensor:
+    """A bound on the 2-norm of each matrix of a (m, r, r): |a|_2^2 <= |a|_1 |a|_inf."""
+    sizes = a.abs()
+    return (sizes.sum(1).amax(1) * sizes.sum(2).amax(1)).sqrt()
 
 
 def merged(w: Tensor, b: Tensor) -> Tensor:
