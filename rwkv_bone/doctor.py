@@ -121,7 +121,9 @@ def cpu() -> str:
 def devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("ok", cpu())
+    from .ops.float32 import onednn_is_right
+
+    yield Finding("ok", cpu() + (", float32 products by oneDNN" if onednn_is_right() else ""))
     with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

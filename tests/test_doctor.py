@@ -13,6 +13,7 @@ import torch
 from rwkv_bone import doctor
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.ops import build, wkv6
+from rwkv_bone.ops.float32 import onednn_is_right
 
 ROOT = Path(doctor.__file__).resolve().parents[1]
 
@@ -146,6 +147,7 @@ def test_a_gpu_is_described_and_an_old_one_advised(monkeypatch):
     with_gpu(monkeypatch, 8, 9)
     cpu, gpu = doctor.devices()
     assert re.match(r"CPU: .+, \d+ cores", cpu.text)
+    assert cpu.text.endswith("float32 products by oneDNN") == onednn_is_right()
     assert (gpu.mark, gpu.text) == ("ok", "GPU 0: Some GPU, 24.0 GiB of memory (20.0 free), compute capability 8.9")
     with_gpu(monkeypatch, 7, 5)
     _, gpu = doctor.devices()
