@@ -1,10 +1,10 @@
 """One training step (forward, backward, AdamW) of an RWKV-6: tokens/s and peak memory, ours against others in one run.
 
-    ours          Bone in activation form, and the products of float32 that train.py chooses (rwkv_bone/ops/float32.py)
-    ours, plain   the same with torch's own choice of them, as the others have it
+    ours          Bone as it is here
     materialised  Bone as RWKV-PEFT computes it: W' is formed at each use, by plain autograd
     peft LoRA     Hugging Face peft's LoRA of half the rank on the same model (the same number of trained parameters)
 
+and where train.py multiplies float32 otherwise than torch does by itself (rwkv_bone/ops/float32.py), each again as torch does.
 Each runs in a process of its own on the same random model; prints the ratios to ours.
 `python benchmarks/train_step.py --n_layer 12 --n_embd 768 --micro_bsz 2 --ctx_len 512`
 """
@@ -25,7 +25,8 @@ from rwkv_bone.peft import METHODS, adapters, inject
 from rwkv_bone.peft.bone import BoneLinear
 from rwkv_bone.training.loss import cross_entropy_sum
 
-VARIANTS = ("ours", "ours, plain", "materialised", "peft LoRA")
+VARIANTS = ("ours", "materialised", "peft LoRA")
+PLAIN = ", plain"  # products as torch chooses them
 
 
 class MaterialisedBone(BoneLinear):
@@ -49,7 +50,7 @@ def adapt(model: torch.nn.Module, variant: str, r: int) -> None:
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
         return
-    method = METHODS["bone"] if variant.startswith("ours") else MaterialisedBone
+    method = METHODS["bone"] if variant == "ours" else MaterialisedBone
     inject(model, method, method.Config(r))
     assert adapters(model)
 
@@ -62,12 +63,12 @@ def peak_bytes(device: str) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
-    if args.variant == "ours":
+    if not args.variant.endswith(PLAIN):
         multiply_fast(args.device, args.micro_bsz * args.ctx_len)
     config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = RWKV(config).initialise().to(args.device, dtype)
-    adapt(model, args.variant, args.r)
+    adapt(model, args.variant.removesuffix(PLAIN), args.r)
     model.grad_cp = args.grad_cp
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4)
@@ -100,7 +101,6 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
-PRODUCTS |= {"BoneFunction", "BoneFunctionBackward"}  # the small ones, in kernels
 
 
 def profile_step(step, device: str) -> None:
@@ -115,10 +115,11 @@ def profile_step(step, device: str) -> None:
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         name = event.key
         kind = "matrix products" if name in PRODUCTS or "gemm" in name else "WKV6" if "wkv6" in name else name
+        kind = "Bone's kernels" if "BoneFunction" in name else kind
         times[kind] = times.get(kind, 0) + own
     total = sum(times.values())
-    share = (times["matrix products"] + times["WKV6"]) / total
-    print(f"{share:.1%} of {total / 1e6:.2f} s in matrix products and WKV6")
+    share = sum(times.get(kind, 0) for kind in ("matrix products", "Bone's kernels", "WKV6")) / total
+    print(f"{share:.1%} of {total / 1e6:.2f} s in matrix products, Bone's kernels and WKV6")
     for name, time_ in sorted(times.items(), key=lambda item: -item[1])[:12]:
         print(f"{time_ / total:7.1%}  {name}")
 
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--grad_cp", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where the time of one step of ours goes, and end")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     head = (
@@ -145,7 +146,10 @@ def main() -> None:
         return
     print(head)
     results = {}
-    for variant in VARIANTS:
+    variants = [*VARIANTS]
+    if multiply_fast(args.device, args.micro_bsz * args.ctx_len):
+        variants += [variant + PLAIN for variant in VARIANTS]
+    for variant in variants:
         run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, text=True)
         if run.returncode == 0:
             results[variant] = json.loads(run.stdout.splitlines()[-1])
@@ -154,9 +158,9 @@ def main() -> None:
         else:  # out of memory, or peft is not installed
             print(f"without {variant}: {(run.stderr.strip().splitlines() or [f'exit status {run.returncode}'])[-1][:200]}")
     tokens, ours = args.micro_bsz * args.ctx_len, results["ours"]
-    print(f"{'':14}{'s/step':>8}{'tokens/s':>10}{'time':>7}{'step memory':>13}{'memory':>8}{'trained':>12}")
+    print(f"{'':20}{'s/step':>8}{'tokens/s':>10}{'time':>7}{'step memory':>13}{'memory':>8}{'trained':>12}")
     for name, r in results.items():
-        print(f"{name:14}{r['seconds']:8.3f}{tokens / r['seconds']:10,.0f}{r['seconds'] / ours['seconds']:6.2f}x"
+        print(f"{name:20}{r['seconds']:8.3f}{tokens / r['seconds']:10,.0f}{r['seconds'] / ours['seconds']:6.2f}x"
               f"{r['peak'] / 2**20:9,.0f} MiB{r['peak'] / ours['peak']:7.2f}x{r['trained']:12,}")  # fmt: skip
 
 

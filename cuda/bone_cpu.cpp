@@ -6,8 +6,9 @@
 //
 // x, xu, q (n, in) and y, g (n, out) are contiguous, float or bf16; r divides in; out is any, and its last piece is cut.
 // Tokens go in tiles, and a tile through all pieces in turn: u, du and all else between stays in the core's cache, and every
-// tensor passes once. The sums are float's. Products of bf16 are taken two terms at a time where the processor has the instruction
-// (AVX512_BF16): "pairs", in 32 bits, of two neighbours along the sum.
+// tensor passes once, but g, which passes once for every group of pieces. Subnormal numbers count as zero, and sums are float's.
+// Products of bf16 are taken two terms at a time where the processor has the instruction (AVX512_BF16): "pairs", in 32 bits, of two
+// neighbours along the sum. Only there is du rounded to bf16, so that processors differ by that rounding.
 //
 // Compiled once for every instruction set with BONE_VARIANT defined, which gives the kernels, and once without, for the plain C
 // interface. No inline function of a shared header may be called here: see wkv6_cpu_kernel.h.

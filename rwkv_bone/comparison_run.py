@@ -24,7 +24,7 @@ from .errors import UserError
 from .evaluate.loss import document_losses
 from .models.x060 import RWKV
 from .ops.float32 import multiply_fast
-from .training.fit import device_type, fit, precision
+from .training.fit import device_type, fit, precision, tokens_at_once
 from .training.loader import TrainingData
 from .training.run import adapt, make_model, mean_loss
 
@@ -89,7 +89,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
     losses, seconds, diverged = [], [], ""
     began = time.monotonic()
     if base:
-        multiply_fast(device, config.micro_bsz * data.longest_row(), precision(config) == "tf32")
+        multiply_fast(device, tokens_at_once(data, config), precision(config) == "tf32")
         model.to(device).eval()
         with torch.no_grad():
             for step in data.loader(0, 1, config.random_seed, 0, data.steps_per_epoch(1) * config.epoch_count):

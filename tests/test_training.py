@@ -97,7 +97,7 @@ def test_the_device_line_names_what_was_chosen(world):
 
     assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 thread")
     assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
-    many = line("--micro_bsz", 256)  # tokens, and as many again
+    many = line("--micro_bsz", 256)  # rows, of a token or more each
     assert ("fp32 by oneDNN, engine" if onednn_is_right() else "fp32, engine") in many
     assert "engine: ddp" in line("--devices", 2)
 

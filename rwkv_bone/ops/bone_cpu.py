@@ -41,7 +41,7 @@ def fits(x: Tensor, r: int) -> bool:
 def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """y (n, out) of x (n, in), w (out, in) and b (m, r, r), x and w of one dtype, x contiguous."""
     if many(x, w, b):
-        return x @ merged(w, b).T
+        return torch.mm(x, merged(w, b).T)
     y = x.new_empty(len(x), len(w))
     x_plus_u = torch.empty_like(x[: at_once()])  # one for all tokens: fresh memory costs more than what is done in it
     r, b = b.shape[-1], packed(b.mT, x.dtype)
@@ -55,11 +55,13 @@ def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
     """dx (n, in) in x's dtype, if wanted, and db (m, r, r) in float32, from g (n, out). x and g are contiguous."""
+    b = b.float()
     m, r, _ = b.shape
-    shares = min(torch.get_num_threads(), max(1, len(w) // (2 * r)))  # of the tokens: their db are half of the weight at most
+    width = -(-r // LANES) * LANES
+    shares = min(torch.get_num_threads(), max(1, len(w) // (2 * width)))  # of the tokens: their db take half of W's size at most
     groups = -(-torch.get_num_threads() // shares)  # of the pieces
-    db = torch.zeros(shares, m, r, -(-r // LANES) * LANES)
-    inverse = inverted(torch.eye(r) + b) if many(x, w, b) else None
+    db = torch.zeros(shares, m, r, width, dtype=torch.float32)
+    inverse = inverted(torch.eye(r, dtype=b.dtype) + b) if many(x, w, b) else None
     w_ = w if inverse is None else merged(w, b)
     b = packed(b, x.dtype)
     dx = torch.empty_like(x if wants_dx else x[: at_once()])
@@ -74,8 +76,9 @@ def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tupl
 
 
 def many(x: Tensor, w: Tensor, b: Tensor) -> bool:
-    """Whether the form that makes W' takes less time."""
-    return x.dtype == torch.float32 and len(w) % b.shape[-1] == 0 and len(x) >= MANY * len(w)
+    """Whether the form that makes W' takes less time, and is to be of float32."""
+    float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return float32 and len(w) % b.shape[-1] == 0 and len(x) >= MANY * len(w)
 
 
 def inverted(a: Tensor) -> Tensor | None:
@@ -94,6 +97,7 @@ def norm(a: Tensor) -> Tensor:
 def merged(w: Tensor, b: Tensor) -> Tensor:
     """W' = W + W B + B, of float32."""
     m, r, _ = b.shape
+    w = w.contiguous()
     made = torch.empty_like(w)
     call("bone_cpu_forward", w, 0, r, w, packed(b, w.dtype), made, made[:0])
     made.view(-1, r, m, r).add_(b.transpose(0, 1))

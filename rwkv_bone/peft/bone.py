@@ -1,13 +1,13 @@
 """Bone, the weight guide in row layout (arXiv 2409.15371): W'_ij = W_ij + W_ij B_j + B_j for the r x r blocks of W.
 
-It never needs W'. With x_j the j-th r-wide piece of a token, u_j = x_j B_j^T, s = sum_j u_j, and tile(s) repeating s over the
+It need not make W'. With x_j the j-th r-wide piece of a token, u_j = x_j B_j^T, s = sum_j u_j, and tile(s) repeating s over the
 output blocks:
 
     y = (x + u) W^T + tile(s)
     backward, from g = dL/dy:  q = g W,  t = sum_i g_i,  du_j = q_j + t,  dx_j = q_j + du_j B_j,  dB_j = du_j^T x_j
 
-One large product forward and one backward, as a frozen projection has, and 6 n in r multiplications more for n tokens, against
-4 n in out for those two. Nothing of the weight's shape is made or kept. Where r does not divide a size, x and q are padded with
+One large product forward and one backward, as a frozen projection has, and 3 n in r multiplications more for n tokens, against
+2 n in out for those two. Nothing of the weight's shape is made or kept. Where r does not divide a size, x and q are padded with
 zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone_cpu.py.
 """
 

@@ -53,6 +53,11 @@ def base_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if precision(config) == "bf16" else torch.float32
 
 
+def tokens_at_once(data, config: TrainConfig) -> int:
+    longest = data.longest_row()
+    return config.micro_bsz * (min(longest, config.chunk_ctx) if config.train_type == "infctx" else longest)
+
+
 def trained_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     """What trains: part (`att.key`, `emb`, `time`, ...) -> (tensors, parameters)."""
     parts: dict[str, tuple[int, int]] = {}
@@ -169,7 +174,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     if len(dtypes) > 1 and config.strategy.startswith("deepspeed_stage_3"):
         raise UserError("--strategy deepspeed_stage_3 takes no --train_parts of a bf16 base beside fp32 adapters; stage 2 does")
     quiet_lightning()
-    multiply = multiply_fast(device_type(config), config.micro_bsz * data.longest_row(), precision(config) == "tf32")
+    multiply = multiply_fast(device_type(config), tokens_at_once(data, config), precision(config) == "tf32")
     model.grad_cp = config.grad_cp
     model.op = config.op
     records = Records(config)
