@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> dict:
     if not args.variant.endswith(PLAIN):
         multiply_fast(args.device, args.micro_bsz * args.ctx_len)
     config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = RWKV(config).initialise().to(args.device, dtype)
     adapt(model, args.variant.removesuffix(PLAIN), args.r)
     model.grad_cp = args.grad_cp
@@ -129,13 +129,15 @@ def main() -> None:
     for name, default in dict(n_layer=6, n_embd=512, vocab_size=16384, micro_bsz=2, ctx_len=512, r=64, repeats=3).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU and fp32 on a CPU, unless told")
     parser.add_argument("--grad_cp", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where the time of one step of ours goes, and end")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     head = (
-        f"L{args.n_layer} C{args.n_embd} V{args.vocab_size}, {args.micro_bsz} x {args.ctx_len} tokens, r={args.r}; "
+        f"L{args.n_layer} C{args.n_embd} V{args.vocab_size}, {args.micro_bsz} x {args.ctx_len} tokens, r={args.r}, {args.dtype}; "
         f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     if args.profile:
@@ -147,7 +149,7 @@ def main() -> None:
     print(head)
     results = {}
     variants = [*VARIANTS]
-    if multiply_fast(args.device, args.micro_bsz * args.ctx_len):
+    if multiply_fast(args.device, args.micro_bsz * args.ctx_len) and args.dtype == "fp32":
         variants += [variant + PLAIN for variant in VARIANTS]
     for variant in variants:
         run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, text=True)
