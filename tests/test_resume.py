@@ -133,6 +133,7 @@ def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number,
     assert (folder / "rwkv-interrupted.pth").exists()
     assert run_to_end(world, *flags, name=folder.name, ranks=ranks).codes == [0] * ranks
     assert_same_run(whole, folder)
+    assert not list(folder.glob("rwkv-interrupted*"))  # rwkv-0.pth is later
 
 
 def test_the_last_checkpoints_are_kept_and_are_small(world, unbroken):

@@ -26,6 +26,7 @@ from .module import FineTune, StepRecord
 from .progress import Progress, say
 
 LOGS = ("loss_data.jsonl", "train_log.txt")
+INTERRUPTED = "rwkv-interrupted.pth"  # the same where a signal ended the run; the end of a run that went on removes it
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a SLURM job asks to be sent before its time is up
 
 
@@ -145,9 +146,12 @@ class Records(L.Callback):
         # after the checkpoint: where there is a result, there is what --resume needs to know that it is one
         if epoch_ended and (finished or result_due(config, record.epoch)):
             self.save_result(module, f"rwkv-{record.epoch}.pth")
+        if finished and self.rank_zero:  # what an earlier, interrupted part of this run left is outdone
+            for path in (interrupted := self.dir / INTERRUPTED, sidecar(interrupted)):
+                path.unlink(missing_ok=True)
         if module.stopping and not finished:
             self.interrupted = True
-            path = self.save_result(module, "rwkv-interrupted.pth")
+            path = self.save_result(module, INTERRUPTED)
             if self.rank_zero:
                 say(f"stopped after step {module.step}; saved {path}; --resume auto goes on from here")
             trainer.should_stop = True
