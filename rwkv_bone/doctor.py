@@ -103,9 +103,13 @@ def packages() -> Iterator[Finding]:
 # ---------------------------------------------------------------- devices and compilers
 
 
-def cpu_name() -> str:
+def read_cpuinfo() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return info.read_text() if info.exists() else ""
+
+
+def cpu_name() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", read_cpuinfo(), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
 
 
@@ -123,7 +127,8 @@ def devices() -> Iterator[Finding]:
 
     from .ops.float32 import onednn_is_right
 
-    yield Finding("ok", cpu() + (", float32 products by oneDNN" if onednn_is_right() else ""))
+    bf16 = ", AVX512_BF16" if " avx512_bf16" in read_cpuinfo() else ""
+    yield Finding("ok", cpu() + bf16 + (", float32 products by oneDNN" if onednn_is_right() else ""))
     with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

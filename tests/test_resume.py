@@ -6,11 +6,12 @@ import resource
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from rwkv_bone.checkpoint import load_state
-from rwkv_bone.training import resume
+from rwkv_bone.training import records, resume
 from tests.runs import DieAt, Processes, arguments, assert_same_run, losses, make_world, run_to_end, slurm, torchrun
 
 # dropout, as random numbers count; trained parts of the base, as not all that trains is an adapter
@@ -126,6 +127,8 @@ def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number,
     while not ((folder / "loss_data.jsonl").exists() and losses(folder)):
         time.sleep(0.005)
     run.signal(number)  # to the first alone: the others hear of it
+    if ranks == 1:
+        run.signal(number)  # a key that was pressed twice
     ended = run.end()
     done = len(losses(folder))
     assert ended.codes == [128 + number] + [0] * (ranks - 1), ended.said
@@ -134,6 +137,21 @@ def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number,
     assert run_to_end(world, *flags, name=folder.name, ranks=ranks).codes == [0] * ranks
     assert_same_run(whole, folder)
     assert not list(folder.glob("rwkv-interrupted*"))  # rwkv-0.pth is later
+
+
+def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_echo_of_the_first(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(records.time, "monotonic", lambda: now[0])
+    module = SimpleNamespace(stop_requested=0)
+    handler = records.Records.ask_to_stop(SimpleNamespace(), module)
+    handler(signal.SIGINT, None)
+    now[0] += 1
+    handler(signal.SIGINT, None)
+    assert module.stop_requested == signal.SIGINT and "saving" in capsys.readouterr().out
+    now[0] += 2
+    with pytest.raises(SystemExit) as ended:
+        handler(signal.SIGINT, None)
+    assert ended.value.code == 130 and "without saving" in capsys.readouterr().out
 
 
 def test_the_last_checkpoints_are_kept_and_are_small(world, unbroken):

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +90,13 @@ def test_on_a_terminal_what_is_said_stands_on_a_line_of_its_own_above_the_bar(mo
     progress.close()
     rows = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
     assert "loss 1.0" in terminal.getvalue() and "validation: 1.5" in rows, rows
+
+
+def test_without_the_packages_the_programs_say_so_in_a_line():
+    for program in ("train.py", "merge.py"):
+        path = Path(__file__).parents[1] / program
+        bare = subprocess.run([sys.executable, "-S", path, "--help"], capture_output=True, text=True)  # no site-packages
+        assert bare.returncode == 2 and re.fullmatch("error: no package .+\n", bare.stderr)
 
 
 def test_the_device_line_names_what_was_chosen(world):
@@ -210,7 +219,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(world):
         (["--op", "cuda"], "--op cuda is no kernel for this run, which is on cpu"),
         (["--strategy", "deepspeed_stage_2"], "--strategy deepspeed_stage_2 needs a GPU"),
         (["--proj_dir", "base.pth/x"], "--proj_dir"),
-        (["--lr_init", "1e30", "--grad_clip", "0", "--epoch_count", "3"], "gradient norm"),
+        (["--lr_init", "1e30", "--grad_clip", "0", "--epoch_count", "3"], "(--overwrite): nothing is saved yet"),
+        (["--lr_init", "1e30", "--grad_clip", "0", "--save_every_steps", "1"], "--resume auto: what is saved is good"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(world, flags, message, capsys, monkeypatch):

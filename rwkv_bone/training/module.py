@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV, State
+from . import resume
 from .engines import DeepSpeedEngine, Engine
 from .infctx import backward_in_chunks
 from .loss import cross_entropy_sum
@@ -137,10 +139,11 @@ class FineTune(L.LightningModule):
         loss_mean = loss_sum / max(trained, 1)
         grad_norm = self.engine.step(config.grad_clip) if math.isfinite(loss_mean) else math.nan
         if not math.isfinite(grad_norm):
+            saved = resume.steps_saved(Path(config.proj_dir))
+            cure = "go on with --resume auto: what is saved is good" if saved else "begin anew (--overwrite): nothing is saved yet"
             raise UserError(
                 f"step {self.step + 1}: loss {loss_mean}, gradient norm {grad_norm}, at learning rate {lr:.3g}"
-                f"{not_finite_in(self.model, micro_batches)}; "
-                f"what was saved before is good: lower --lr_init or --grad_clip and go on with --resume auto"
+                f"{not_finite_in(self.model, micro_batches)}; lower --lr_init or --grad_clip and {cure}"
             )
         self.step += 1
         now = time.perf_counter()

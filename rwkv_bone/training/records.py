@@ -27,6 +27,7 @@ from .progress import Progress, say
 
 LOGS = ("loss_data.jsonl", "train_log.txt")
 INTERRUPTED = "rwkv-interrupted.pth"  # the same where a signal ended the run; the end of a run that went on removes it
+ECHO_SECONDS = 2.0  # within which a second signal is the first one's echo: of a key, or of a launcher that passes it on
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a SLURM job asks to be sent before its time is up
 
 
@@ -103,10 +104,12 @@ class Records(L.Callback):
 
     def ask_to_stop(self, module: FineTune):
         def handler(number, frame):
-            if module.stop_requested:  # asked twice: at once
-                raise KeyboardInterrupt
-            module.stop_requested = number
-            print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
+            if not module.stop_requested:
+                module.stop_requested, self.asked_at = number, time.monotonic()
+                print(f"\n{signal.Signals(number).name}: saving after this step (a second one ends it without)", flush=True)
+            elif time.monotonic() - self.asked_at > ECHO_SECONDS:
+                print("ended without saving; --resume auto goes on from the last checkpoint", flush=True)
+                raise SystemExit(128 + number)
 
         return handler
 
