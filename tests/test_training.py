@@ -219,8 +219,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(world):
         (["--op", "cuda"], "--op cuda is no kernel for this run, which is on cpu"),
         (["--strategy", "deepspeed_stage_2"], "--strategy deepspeed_stage_2 needs a GPU"),
         (["--proj_dir", "base.pth/x"], "--proj_dir"),
-        (["--lr_init", "1e30", "--grad_clip", "0", "--epoch_count", "3"], "(--overwrite): nothing is saved yet"),
-        (["--lr_init", "1e30", "--grad_clip", "0", "--save_every_steps", "1"], "--resume auto: what is saved is good"),
+        (["--lr_init", "1e30", "--grad_clip", "0", "--epoch_count", "3"], "(--overwrite): nothing is saved"),
+        (["--lr_init", "1e30", "--grad_clip", "0", "--save_every_steps", "1"], "--resume auto: what it saved is good"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(world, flags, message, capsys, monkeypatch):

@@ -140,7 +140,7 @@ class FineTune(L.LightningModule):
         grad_norm = self.engine.step(config.grad_clip) if math.isfinite(loss_mean) else math.nan
         if not math.isfinite(grad_norm):
             saved = resume.steps_saved(Path(config.proj_dir))
-            cure = "go on with --resume auto: what is saved is good" if saved else "begin anew (--overwrite): nothing is saved yet"
+            cure = "go on with --resume auto: what it saved is good" if saved else "begin anew (--overwrite): nothing is saved"
             raise UserError(
                 f"step {self.step + 1}: loss {loss_mean}, gradient norm {grad_norm}, at learning rate {lr:.3g}"
                 f"{not_finite_in(self.model, micro_batches)}; lower --lr_init or --grad_clip and {cure}"
