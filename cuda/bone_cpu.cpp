@@ -53,24 +53,8 @@ namespace bone {
 namespace BONE_VARIANT {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// A register tile of a product: rows, and vectors of kBytes.
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 4, kCols = 4;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 4, kCols = 2;
-#elif defined(__aarch64__)
-constexpr int kBytes = 16, kRows = 4, kCols = 4;
-#else
-constexpr int kBytes = 16, kRows = 4, kCols = 2;
-#endif
-constexpr int W = kBytes / 4;
+constexpr int kBytes = VECTOR_BYTES, W = kBytes / 4;
+constexpr int kRows = 4, kCols = VECTORS_32 ? 4 : 2;  // a register tile of a product: rows, and vectors
 constexpr int64_t kDepth = 64;  // terms, or pairs of them, of a product over a tile's tokens: its operands stay in the first cache
 
 typedef float Vec __attribute__((vector_size(kBytes)));

@@ -1,6 +1,29 @@
-// WKV6 on the CPU: what the dispatcher (wkv6_cpu.cpp) and the kernels (wkv6_cpu_kernel.h) share.
+// The CPU kernels: what WKV6's (wkv6_cpu_kernel.h), their dispatcher (wkv6_cpu.cpp) and Bone's (bone_cpu.cpp) share.
 #pragma once
 #include <cstdint>
+
+// Macros, as no inline function may be shared among variants: see wkv6_cpu_kernel.h.
+#define INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Of the instruction set that is compiled for: the bytes of a vector, and whether it has 32 of them, not 16.
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define VECTORS_32 1
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#define VECTORS_32 0
+#elif defined(__aarch64__)
+#define VECTOR_BYTES 16
+#define VECTORS_32 1
+#else
+#define VECTOR_BYTES 16
+#define VECTORS_32 0
+#endif
 
 namespace wkv6 {
 

@@ -37,28 +37,15 @@
 
 #include "wkv6_cpu.h"
 
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE inline __attribute__((always_inline))
-
 namespace wkv6 {
 namespace WKV6_VARIANT {
 namespace {
 
 constexpr int L = 16;
 static_assert(kCheckpoint % L == 0, "blocks are whole chunks");
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 8, kCols = 2;  // a vector; a register tile of matrix products, in rows and vectors
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 4, kCols = 2;
-#elif defined(__aarch64__)
-constexpr int kBytes = 16, kRows = 4, kCols = 4;
-#else
-constexpr int kBytes = 16, kRows = 4, kCols = 2;
-#endif
+constexpr int kBytes = VECTOR_BYTES;
+// a register tile of matrix products, in rows and vectors
+constexpr int kRows = kBytes == 64 ? 8 : 4, kCols = VECTORS_32 && kBytes == 16 ? 4 : 2;
 
 template <class F> struct Lanes {
     static constexpr int W = kBytes / sizeof(F);
