@@ -4,7 +4,7 @@ import sys
 
 try:
     from rwkv_bone.errors import run
-    from rwkv_bone.merging import main
+    from rwkv_bone.merging.command import main
 except ModuleNotFoundError as error:
     print(f"error: no package {error.name} in {sys.executable}; activate the environment, or see README", file=sys.stderr)
     sys.exit(2)

@@ -23,17 +23,18 @@ from pathlib import Path
 
 import torch
 
-from rwkv_bone.checkpoint import load_model, open_model, save_tensors
 from rwkv_bone.doctor import cpu_name
+from rwkv_bone.files.models import load_model, open_model
+from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.models.x060 import RWKV, ModelConfig
 
 VARIANTS = ("ours", "ours, batch", "rwkv, TorchScript", "rwkv, plain")
-DEMO = Path(__file__).parents[1] / "rwkv_bone" / "demo_model" / "base.pth"
+DEMO = Path(__file__).parents[1] / "rwkv_bone" / "demo" / "base.pth"
 PROMPT = [1, 2, 3, 5, 8, 13, 21, 34]
 
 
 def ours(path: str, batch: int, dtype: torch.dtype) -> Callable[[int], list[int]]:
-    from rwkv_bone.generate import read, step
+    from rwkv_bone.generate.command import read, step
     from rwkv_bone.models.direct import direct
 
     model = direct(load_model(path, dtype))

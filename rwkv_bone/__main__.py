@@ -7,14 +7,14 @@ from .errors import UserError, run
 
 COMMANDS = {
     "train": ("rwkv_bone.training.run", "fine-tune, or train from scratch"),
-    "merge": ("rwkv_bone.merging", "base + adapter -> standard .pth"),
-    "generate": ("rwkv_bone.generate", "sample, or chat"),
-    "evaluate": ("rwkv_bone.evaluate", "GSM8K, MATH, loss"),
-    "compare": ("rwkv_bone.compare", "methods against each other, rates tuned, seeds, table and picture"),
+    "merge": ("rwkv_bone.merging.command", "base + adapter -> standard .pth"),
+    "generate": ("rwkv_bone.generate.command", "sample, or chat"),
+    "evaluate": ("rwkv_bone.evaluate.command", "GSM8K, MATH, loss"),
+    "compare": ("rwkv_bone.compare.command", "methods against each other, rates tuned, seeds, table and picture"),
     "data": ("rwkv_bone.data.jsonl_to_binidx", "jsonl -> binidx"),
     "plot": ("rwkv_bone.plot", "loss curves as a picture"),
     "doctor": ("rwkv_bone.doctor", "what this machine can do"),
-    "demo": ("rwkv_bone.demo", "train, merge and sample a small model"),
+    "demo": ("rwkv_bone.demo.command", "train, merge and sample a small model"),
 }
 
 

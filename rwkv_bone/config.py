@@ -12,10 +12,10 @@ from typing import Any
 from .data.documents import DATA_TYPES
 from .data.samples import DATALOADS
 from .errors import Parser, UserError, hint
+from .interop.rwkv_peft_flags import method_from_community
 from .models import VERSIONS
 from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
-from .peft.community import method_from_community
-from .quant import KINDS
+from .peft.quant import KINDS
 
 # Flags of RWKV-LM and RWKV-PEFT that mean nothing here: accepted at the values their scripts pass, refused at any other.
 LEGACY: dict[str, tuple[str, ...]] = {

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import atomic
 from .errors import Parser, UserError, run
+from .files.atomic import atomic
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito: for all eyes
 COLUMNS = ("step", "epoch", "loss", "lr", "t_cost", "kt_s", "trained")

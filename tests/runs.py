@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from rwkv_bone.checkpoint import open_tensors, save_tensors
+from rwkv_bone.files.pth import open_tensors, save_tensors
 from tests.conftest import small_model
 
 ROOT = Path(__file__).resolve().parents[1]

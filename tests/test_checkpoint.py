@@ -12,24 +12,13 @@ import zipfile
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import (
-    Streamed,
-    atomic,
-    fingerprint,
-    load_adapter,
-    load_model,
-    load_state,
-    open_model,
-    open_tensors,
-    read_adapter,
-    save_adapter,
-    save_state,
-    save_tensors,
-    sidecar,
-    write_pth,
-)
 from rwkv_bone.errors import UserError
+from rwkv_bone.files.adapters import load_adapter, read_adapter, save_adapter, sidecar
+from rwkv_bone.files.atomic import atomic
+from rwkv_bone.files.models import fingerprint, load_model, open_model
+from rwkv_bone.files.pth import Streamed, open_tensors, save_tensors, write_pth
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge, train_parts
+from rwkv_bone.training.resume import load_state, save_state
 from tests.independent import rwkv_package_logits
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.peft.community import method_from_community
+from rwkv_bone.interop.rwkv_peft_flags import method_from_community
 
 MEANINGS = [
     ("bone", {}, ("bone", {}, "", "")),

@@ -10,13 +10,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv_bone import compare
-from rwkv_bone.checkpoint import load_adapter, load_model
-from rwkv_bone.compare import Comparison, Entry, Run, Study, match_r, next_rate, projection_shapes, to_do, trained_parameters
-from rwkv_bone.comparison_report import apart, smooth
+from rwkv_bone.compare import command as compare
+from rwkv_bone.compare.command import (
+    Comparison,
+    Entry,
+    Run,
+    Study,
+    match_r,
+    next_rate,
+    projection_shapes,
+    to_do,
+    trained_parameters,
+)
+from rwkv_bone.compare.report import apart, smooth
 from rwkv_bone.data.documents import open_documents
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError
+from rwkv_bone.files.adapters import load_adapter
+from rwkv_bone.files.models import load_model
 from rwkv_bone.peft import METHODS, inject
 from tests.conftest import small_model
 from tests.runs import make_world

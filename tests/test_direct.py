@@ -5,7 +5,7 @@ import torch
 
 from rwkv_bone.models.direct import direct
 from rwkv_bone.peft import METHODS, inject
-from rwkv_bone.quant import quantise_model
+from rwkv_bone.peft.quant import quantise_model
 
 
 def run(model, idx, state):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import small_model
 
-from rwkv_bone.checkpoint import save_tensors
 from rwkv_bone.config import TrainConfig, make_parser
+from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.peft import METHODS, inject, merge
 from rwkv_bone.training import memory
 from tests.runs import make_world

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_model, open_tensors
+from rwkv_bone.files.models import load_model
+from rwkv_bone.files.pth import open_tensors
 from rwkv_bone.training import resume
 from tests.runs import ROOT, DieAt, arguments, assert_same_run, lines, losses, make_world, run_to_end
 

@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_model, save_tensors
 from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.data.documents import Documents, open_documents
 from rwkv_bone.data.jsonl import RowEncoder, Templates
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.evaluate import loss as loss_module
-from rwkv_bone.evaluate import main, problems
+from rwkv_bone.evaluate import problems
 from rwkv_bone.evaluate.answers import gsm8k_answer, math_answer, math_equal
+from rwkv_bone.evaluate.command import main
 from rwkv_bone.evaluate.loss import document_losses
 from rwkv_bone.evaluate.results import Progress, Results
-from rwkv_bone.generate import GREEDY, Completion, generate
+from rwkv_bone.files.models import load_model
+from rwkv_bone.files.pth import save_tensors
+from rwkv_bone.generate.command import GREEDY, Completion, generate
 
 BYTES = ByteTokenizer(257)
 

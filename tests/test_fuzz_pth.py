@@ -17,9 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkv_bone.checkpoint import fingerprint, layout_of, save_adapter, save_state, save_tensors
-from rwkv_bone.safetensors import write_safetensors
-from rwkv_bone.web_rwkv import web_name, web_tensor
+from rwkv_bone.files.adapters import save_adapter
+from rwkv_bone.files.models import fingerprint
+from rwkv_bone.files.pth import layout_of, save_tensors
+from rwkv_bone.files.safetensors import write_safetensors
+from rwkv_bone.interop.web_rwkv import web_name, web_tensor
+from rwkv_bone.training.resume import save_state
 from tests.conftest import small_model
 
 ROOT = Path(__file__).resolve().parents[1]

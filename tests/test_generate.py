@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone import generate as module
-from rwkv_bone.checkpoint import load_model, open_tensors, save_adapter, save_tensors
 from rwkv_bone.data.jsonl import Chat
 from rwkv_bone.data.tokenizer import ByteTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.evaluate.command import main as evaluate
-from rwkv_bone.generate import GREEDY, Conversation, Sampling, completions, generate, main, read, sample
+from rwkv_bone.files.adapters import save_adapter
+from rwkv_bone.files.models import load_model
+from rwkv_bone.files.pth import open_tensors, save_tensors
+from rwkv_bone.generate import command as module
+from rwkv_bone.generate.command import GREEDY, Conversation, Sampling, completions, generate, main, read, sample
 from rwkv_bone.models.x060 import LayerState
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
 

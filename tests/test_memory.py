@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.models.x060 import RWKV, ModelConfig
 from rwkv_bone.peft import METHODS, inject
-from rwkv_bone.quant import quantise_model
+from rwkv_bone.peft.quant import quantise_model
 from rwkv_bone.training.infctx import backward_in_chunks
 from rwkv_bone.training.loss import cross_entropy_sum
 from rwkv_bone.training.memory import bytes_of, estimate, table_rows

@@ -13,22 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_bone import merging
-from rwkv_bone.checkpoint import (
-    fingerprint,
-    load_adapter,
-    load_model,
-    open_model,
-    open_tensors,
-    read_adapter,
-    save_adapter,
-    save_tensors,
-    write_pth,
-)
 from rwkv_bone.errors import UserError
+from rwkv_bone.files.adapters import load_adapter, read_adapter, save_adapter
+from rwkv_bone.files.models import fingerprint, load_model, open_model
+from rwkv_bone.files.pth import open_tensors, save_tensors, write_pth
+from rwkv_bone.merging import command as merging
 from rwkv_bone.models.x060 import ModelConfig
 from rwkv_bone.peft import METHODS, adapter_tensors, adapters, inject, merge, train_parts
-from rwkv_bone.quant import quantise_model
+from rwkv_bone.peft.quant import quantise_model
 from tests.independent import rwkv_package_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -720,7 +712,7 @@ def test_the_command_ends_with_one_line_and_code_2(paths):
 
 def test_merging_needs_torch_and_no_engine_and_no_compiler(paths):
     program = (
-        "import sys; from rwkv_bone import merging; merging.main(sys.argv[1:]);"
+        "import sys; from rwkv_bone.merging import command; command.main(sys.argv[1:]);"
         "print(sorted({'lightning', 'deepspeed', 'transformers', 'sympy', 'safetensors', 'numba'} & {*sys.modules}))"
     )
     environment = {**os.environ, "PATH": "/nonexistent", "XDG_CACHE_HOME": "/proc/nonexistent"}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_model, save_tensors
 from rwkv_bone.errors import UserError
+from rwkv_bone.files.models import load_model
+from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.models.x060 import RWKV, ModelConfig, initial_values
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rwkv_bone.errors import UserError
+from rwkv_bone.interop.hf_peft import is_folder, read_folder, write_folder
 from rwkv_bone.peft import METHODS, adapter_tensors, attach, inject
-from rwkv_bone.peft.hf import is_folder, read_folder, write_folder
 
 peft = pytest.importorskip("peft", reason="needs the peft package")
 

@@ -5,7 +5,7 @@ import torch
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.peft import METHODS, adapter_tensors, adapters, inject, merge
-from rwkv_bone.quant import KINDS, quantise, quantise_model
+from rwkv_bone.peft.quant import KINDS, quantise, quantise_model
 
 KIND_NAMES = ["int8", "nf4"]
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_bone.checkpoint import load_state
 from rwkv_bone.training import records, resume
+from rwkv_bone.training.resume import load_state
 from tests.runs import DieAt, Processes, arguments, assert_same_run, losses, make_world, run_to_end, slurm, torchrun
 
 # dropout, as random numbers count; trained parts of the base, as not all that trains is an adapter

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from rwkv_bone.checkpoint import layout_of
 from rwkv_bone.errors import UserError
-from rwkv_bone.safetensors import DTYPES, is_safetensors, open_safetensors, write_safetensors
+from rwkv_bone.files.pth import layout_of
+from rwkv_bone.files.safetensors import DTYPES, is_safetensors, open_safetensors, write_safetensors
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:

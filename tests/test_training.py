@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors, read_adapter, save_tensors
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.data.samples import BatchSampler
 from rwkv_bone.errors import UserError, run
+from rwkv_bone.files.adapters import load_adapter, read_adapter
+from rwkv_bone.files.models import load_model
+from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.ops.float32 import onednn_is_right
 from rwkv_bone.plot import read_run

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import small_model
 
-from rwkv_bone import merging
 from rwkv_bone.__main__ import main as console_main
-from rwkv_bone.checkpoint import save_tensors
 from rwkv_bone.errors import run
+from rwkv_bone.files.pth import save_tensors
+from rwkv_bone.merging import command as merging
 from rwkv_bone.training.run import main as train
 from tests.runs import arguments, make_world
 

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from rwkv_bone.checkpoint import load_adapter, load_model, open_tensors
 from rwkv_bone.data.documents import open_documents
 from rwkv_bone.data.tokenizer import ByteTokenizer
+from rwkv_bone.files.adapters import load_adapter
+from rwkv_bone.files.models import load_model
+from rwkv_bone.files.pth import open_tensors
 from rwkv_bone.training.loader import split
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world

@@ -10,7 +10,7 @@ import torch
 from rwkv_bone.ops import wkv6 as op
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
-from rwkv_bone.words import counted
+from rwkv_bone.terminal import counted
 
 NAMES = ("r", "k", "v", "log_w", "u", "state")
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64

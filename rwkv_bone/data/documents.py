@@ -11,10 +11,10 @@ import os
 
 import numpy as np
 
-from rwkv_bone.data.binidx import BinidxDocuments, prefix_of
-from rwkv_bone.data.jsonl import LOSS_MASKS, RowEncoder, encode_files, find_files
-from rwkv_bone.data.tokenizer import Tokenizer
-from rwkv_bone.errors import UserError
+from ..errors import UserError
+from .binidx import BinidxDocuments, prefix_of
+from .jsonl import LOSS_MASKS, RowEncoder, encode_files, find_files
+from .tokenizer import Tokenizer
 
 DATA_TYPES = ("binidx", "jsonl", "numpy", "utf-8")
 BLOCK = 1 << 22  # tokens checked at once

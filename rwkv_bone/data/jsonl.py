@@ -41,8 +41,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_bone.data.tokenizer import Tokenizer
-from rwkv_bone.errors import UserError
+from ..errors import UserError
+from .tokenizer import Tokenizer
 
 LOSS_MASKS = ("answer", "all", "pad")
 BATCH_BYTES = 1 << 20  # lines travel to the workers in batches of about this size

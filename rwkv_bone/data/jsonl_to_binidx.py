@@ -15,11 +15,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-from rwkv_bone import __version__
-from rwkv_bone.data.binidx import BinidxWriter, prefix_of
-from rwkv_bone.data.jsonl import BEGINNING, LOSS_MASKS, Place, RowEncoder, Templates, encode_files, find_files, parse_fields
-from rwkv_bone.data.tokenizer import open_tokenizer
-from rwkv_bone.errors import Parser, UserError, run
+from .. import __version__
+from ..errors import Parser, UserError, run
+from .binidx import BinidxWriter, prefix_of
+from .jsonl import BEGINNING, LOSS_MASKS, Place, RowEncoder, Templates, encode_files, find_files, parse_fields
+from .tokenizer import open_tokenizer
 
 SMALL = 4 << 20  # bytes; below, starting processes takes longer than the work
 SAVE_SECONDS = 2.0  # at least so long between two points from which an interrupted run goes on

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rwkv_bone.data.documents import Documents
-from rwkv_bone.errors import UserError
+from ..errors import UserError
+from .documents import Documents
 
 DATALOADS = ("pad", "only", "chunk", "pack", "get")
 EMPTY = -1  # the sample that fills up where samples do not divide among devices: no token, no target

@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import os
 
-from rwkv_bone.errors import UserError
+from ..errors import UserError
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"  # with \n line ends

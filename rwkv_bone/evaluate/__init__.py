@@ -1,5 +1,1 @@
 """Measuring models: GSM8K, MATH, and the loss on any text. The command line is in command.py."""
-
-from .command import main
-
-__all__ = ["main"]

@@ -18,7 +18,7 @@ from ..config import truth
 from ..data.documents import DATA_TYPES, open_documents
 from ..data.jsonl import RowEncoder, Templates, find_files, parse_fields
 from ..errors import Parser, UserError
-from ..generate import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
+from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
 from ..models.x060 import RWKV
 from ..ops.float32 import multiply_fast
 from . import loss, problems

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.documents import Documents
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..generate import select
+from ..generate.command import select
 from ..models.x060 import RWKV
 from .results import Progress, Results
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..data.jsonl import PLACEHOLDER, RowEncoder, Templates, read_lines
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..generate import Sampling, completions, read
+from ..generate.command import Sampling, completions, read
 from ..models.x060 import RWKV, State
 from .answers import gsm8k_answer, math_answer, math_equal
 from .results import Progress, Results

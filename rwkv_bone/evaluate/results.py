@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..words import clock
+from ..terminal import clock
 
 
 class Results:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_bone.errors import UserError
+from ..errors import UserError
 
 WITHOUT_COMPILER = "or use --op torch, which needs none"
 

@@ -127,10 +127,10 @@ def describe(device: str, dtype: torch.dtype, N: int, op: str = "auto") -> str:
 def _kernels(device: str):
     """The one place that chooses a kernel: the module whose forward, backward, saved_shape and describe serve `device`."""
     if device == "cuda":
-        from rwkv_bone.ops import wkv6_cuda
+        from . import wkv6_cuda
 
         return wkv6_cuda
-    from rwkv_bone.ops import wkv6_cpu
+    from . import wkv6_cpu
 
     return wkv6_cpu
 

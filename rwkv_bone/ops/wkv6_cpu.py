@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_bone.ops import build
-from rwkv_bone.words import counted
+from ..terminal import counted
+from . import build
 
 CHECKPOINT = 128  # tokens between the states that forward keeps for backward; kCheckpoint in cuda/wkv6_cpu.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}

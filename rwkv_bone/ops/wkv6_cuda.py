@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_bone.errors import UserError
-from rwkv_bone.ops import build
+from ..errors import UserError
+from . import build
 
 CHUNK = 16  # tokens; L in cuda/wkv6_chunk.cu
 CHECKPOINT = (64 * 64 + 16 * 16) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) there

@@ -16,7 +16,7 @@ from ..ops import wkv6
 from ..ops.float32 import multiply_fast
 from ..peft import METHODS, adapters
 from ..peft.adapter import QuantisedWeight
-from ..words import counted, in_bytes
+from ..terminal import counted, in_bytes
 from . import resume
 from .engines import make_strategy
 from .memory import estimate

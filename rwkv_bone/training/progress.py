@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from ..words import clock
+from ..terminal import clock
 from .module import StepRecord
 
 LINE_SECONDS = 10.0  # at least so long between two plain lines

@@ -18,8 +18,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ..checkpoint import save_adapter, save_tensors, sidecar
 from ..config import TrainConfig
+from ..files.adapters import save_adapter, sidecar
+from ..files.pth import save_tensors
 from ..peft import adapter_tensors
 from . import resume
 from .module import FineTune, StepRecord

@@ -9,15 +9,16 @@ comes last: a checkpoint that has it has all. It goes first when the checkpoint 
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import check_sums, load_state, save_state
 from ..errors import UserError
+from ..files.atomic import atomic
+from ..files.pth import check_sums, reason
 from ..peft import adapter_tensors
 
 
@@ -101,3 +102,18 @@ def restore_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         raise UserError(f"--resume: the run was begun with another method or options ({', '.join(odd)}); give its flags")
     for name, tensor in now.items():
         tensor.copy_(tensors[name])
+
+
+def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write what a run needs to go on (nested dicts and lists of tensors and plain values)."""
+    with atomic(path) as file:
+        torch.save(dict(state), file)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read what `save_state` wrote; UserError if it is damaged."""
+    check_sums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler fed with damaged bytes can raise anything
+        raise UserError(f"{path}: not a whole checkpoint ({reason(error)})") from None

@@ -5,14 +5,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checkpoint import add_time_state, load_adapter, load_model
 from ..config import TrainConfig
 from ..errors import UserError
-from ..foreign import Foreign
+from ..files.adapters import add_time_state, load_adapter
+from ..files.models import load_model
+from ..interop.rwkv_peft import Foreign
 from ..models.x060 import RWKV, ModelConfig
 from ..peft import METHODS, inject, start_from_gradients, train_parts
 from ..peft.lora_ga import LoraGaConfig
-from ..quant import quantise_model
+from ..peft.quant import quantise_model
 from .fit import base_dtype, fit
 from .loader import TrainingData
 from .loss import cross_entropy_sum

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..words import counted
+from ..terminal import counted
 from .module import FineTune
 from .progress import say
 from .records import save_result

@@ -19,29 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import quant, web_rwkv
+from ..errors import Parser, UserError
+from ..files.adapters import Adapter, load_adapter, save_adapter
+from ..files.atomic import atomic
+from ..files.models import combine, fingerprint, load_model, open_model, sample
+from ..files.pth import Layout, Streamed, open_tensors, write_pth
+from ..files.safetensors import is_safetensors, write_safetensors
+from ..interop import hf_peft as hf
+from ..interop import web_rwkv
+from ..interop.rwkv_peft import UNAIDED, Foreign
+from ..models.x060 import RWKV
+from ..peft import PROJECTIONS, TRAIN_PARTS, merge, quant
+from ..peft.adapter import matches
 from .as_lora import as_lora
-from .checkpoint import (
-    Adapter,
-    Layout,
-    Streamed,
-    atomic,
-    combine,
-    fingerprint,
-    load_adapter,
-    load_model,
-    open_model,
-    open_tensors,
-    sample,
-    save_adapter,
-    write_pth,
-)
-from .errors import Parser, UserError
-from .foreign import UNAIDED, Foreign
-from .models.x060 import RWKV
-from .peft import PROJECTIONS, TRAIN_PARTS, hf, merge
-from .peft.adapter import matches
-from .safetensors import is_safetensors, write_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PIECE = 1 << 20  # entries looked at together where effects are summed up

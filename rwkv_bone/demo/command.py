@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import demo_model
-from .errors import Parser, UserError, run
+from .. import demo as demo_model
+from ..errors import Parser, UserError, run
 
 MODULES = (
     "builtins os os.path shutil pathlib re json math cmath random statistics itertools functools collections string textwrap "

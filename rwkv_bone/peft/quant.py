@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .peft.adapter import PROJECTIONS, FrozenLinear, QuantisedWeight, projections
+from ..errors import UserError
+from .adapter import PROJECTIONS, FrozenLinear, QuantisedWeight, projections
 
 BLOCK = 64  # numbers of nf4 that share a scale
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import Adapter
-from .errors import UserError
-from .peft import AdapterLinear
-from .peft.adapter import dense
-from .peft.dora import DoraLinear
-from .peft.lora import LoraLinear
-from .peft.miss import MissLinear
+from ..errors import UserError
+from ..files.adapters import Adapter
+from ..peft import AdapterLinear
+from ..peft.adapter import dense
+from ..peft.dora import DoraLinear
+from ..peft.lora import LoraLinear
+from ..peft.miss import MissLinear
 
 
 def exact_factors(layer: AdapterLinear) -> tuple[Tensor, Tensor] | None:

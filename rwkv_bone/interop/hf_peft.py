@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import safetensors
 from ..errors import UserError
-from . import METHODS, AdapterLinear
-from .lora import LoraLinear, RankConfig
-from .shifted import ShiftedLoraLinear
+from ..files import safetensors
+from ..peft import METHODS, AdapterLinear
+from ..peft.lora import LoraLinear, RankConfig
+from ..peft.shifted import ShiftedLoraLinear
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

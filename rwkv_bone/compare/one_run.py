@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import TrainConfig
-from .data.documents import Documents
-from .errors import UserError
-from .evaluate.loss import document_losses
-from .models.x060 import RWKV
-from .ops.float32 import multiply_fast
-from .training.fit import device_type, fit, precision, tokens_at_once
-from .training.loader import TrainingData
-from .training.run import adapt, make_model, mean_loss
+from ..config import TrainConfig
+from ..data.documents import Documents
+from ..errors import UserError
+from ..evaluate.loss import document_losses
+from ..models.x060 import RWKV
+from ..ops.float32 import multiply_fast
+from ..training.fit import device_type, fit, precision, tokens_at_once
+from ..training.loader import TrainingData
+from ..training.run import adapt, make_model, mean_loss
 
 
 class TimedData(TrainingData):

@@ -3,7 +3,7 @@
 It read the documentation of Python 3.11 (Python Software Foundation License; examples zero-clause BSD), as Debian's package
 python3.11-doc carries it. To make it again:
 
-    python -m rwkv_bone.demo_model.recipe _sources work          # reStructuredText -> work/text.jsonl, work/tokenizer.json
+    python -m rwkv_bone.demo.recipe _sources work          # reStructuredText -> work/text.jsonl, work/tokenizer.json
     python train.py --load_model "" --peft none ...               # the line that the recipe prints
 """
 

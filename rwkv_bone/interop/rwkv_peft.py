@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 # (last component of a name, dimensions) -> method, this program's name of the tensor, the dimension that is r
 KINDS = {

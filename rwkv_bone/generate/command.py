@@ -35,15 +35,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic, load_adapter, load_model
-from .data.jsonl import Chat, Templates
-from .data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer
-from .errors import Parser, UserError, run
-from .foreign import Foreign
-from .models.direct import direct
-from .models.x060 import RWKV, LayerState, State
-from .ops.wkv6 import OPS
-from .peft import merge
+from ..data.jsonl import Chat, Templates
+from ..data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer
+from ..errors import Parser, UserError, run
+from ..files.adapters import load_adapter
+from ..files.atomic import atomic
+from ..files.models import load_model
+from ..interop.rwkv_peft import Foreign
+from ..models.direct import direct
+from ..models.x060 import RWKV, LayerState, State
+from ..ops.wkv6 import OPS
+from ..peft import merge
 
 TOKENS_AT_ONCE = 16384  # tokens of all prompts that one forward reads: bounds the memory of activations
 

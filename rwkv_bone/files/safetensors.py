@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 DTYPES = {
     "BF16": torch.bfloat16,

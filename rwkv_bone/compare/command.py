@@ -35,17 +35,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import comparison_report, comparison_run
-from .checkpoint import load_model
-from .config import TrainConfig
-from .data.documents import Documents, open_documents
-from .data.tokenizer import open_tokenizer
-from .errors import Parser, UserError
-from .errors import run as run_main
-from .evaluate.loss import identity
-from .peft import METHODS, TRAIN_PARTS
-from .peft.adapter import matches
-from .training.loader import TrainingData
+from ..config import TrainConfig
+from ..data.documents import Documents, open_documents
+from ..data.tokenizer import open_tokenizer
+from ..errors import Parser, UserError
+from ..errors import run as run_main
+from ..evaluate.loss import identity
+from ..files.models import load_model
+from ..peft import METHODS, TRAIN_PARTS
+from ..peft.adapter import matches
+from ..training.loader import TrainingData
+from . import one_run as comparison_run
+from . import report as comparison_report
 
 RATES = (1e-3, 3e-3, 1e-2)
 OURS = ("proj_dir", "peft", "peft_options", "lr_init", "lr_final", "random_seed", "epoch_count", "epoch_steps", "resume",
@@ -363,7 +364,7 @@ class Study:
         forked = "forkserver" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
-            context.set_forkserver_preload(["rwkv_bone.comparison_run", "rwkv_bone.training.validation", "rwkv_bone.plot"])
+            context.set_forkserver_preload(["rwkv_bone.compare.one_run", "rwkv_bone.training.validation", "rwkv_bone.plot"])
         running: dict[Any, tuple[Run, Any]] = {}
         began, first = time.monotonic(), len(self.done)
         try:

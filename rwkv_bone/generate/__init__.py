@@ -1,0 +1,1 @@
+"""Sampling and chat. The command line is in command.py."""
