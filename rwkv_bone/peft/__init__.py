@@ -27,14 +27,12 @@ METHODS: dict[str, type[AdapterLinear]] = {
 
 __all__ = [
     "METHODS",
-    "PROJECTIONS",
-    "TRAIN_PARTS",
     "AdapterLinear",
     "adapter_tensors",
     "adapters",
     "attach",
+    "disabled",
     "inject",
     "merge",
     "start_from_gradients",
-    "train_parts",
 ]

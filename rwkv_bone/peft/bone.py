@@ -60,7 +60,7 @@ class BoneFunction(torch.autograd.Function):
         ctx.save_for_backward(x, bone)
         ctx.weight = weight
         in_, (m, r, _) = x.shape[1], bone.shape
-        w = dense(weight)
+        w = dense(weight, x.dtype)
         if bone_cpu.fits(x, r):
             return bone_cpu.forward(x, w, bone)
         transposed = bone.to(x.dtype).transpose(1, 2)
@@ -88,7 +88,7 @@ class BoneFunction(torch.autograd.Function):
         x, bone = ctx.saved_tensors
         g = g.contiguous()
         in_, r = x.shape[1], bone.shape[-1]
-        w = dense(ctx.weight)
+        w = dense(ctx.weight, x.dtype)
         wants_dx, _, wants_dbone = ctx.needs_input_grad
         if bone_cpu.fits(x, r):
             by_kernels = bone_cpu.backward(x, w, bone, g, wants_dx)
