@@ -111,12 +111,12 @@ class AdapterLinear(nn.Module):
         typed: dict[str, Any] = {}
         for name, value in options.items():
             if name not in known:
-                raise UserError(f"--peft {method} has no option {name}; it has {', '.join(known)}")
+                raise UserError(f"{method} has no option {name}; it has {', '.join(known)}")
             if known[name] is float and type(value) is int:
                 value = float(value)
             if type(value) is not known[name]:
                 article = "an" if known[name] is int else "a"
-                raise UserError(f"--peft {method}: {name} is {article} {known[name].__name__}, not {value!r}")
+                raise UserError(f"{method}: {name} is {article} {known[name].__name__}, not {value!r}")
             typed[name] = value
         return cls.Config(**typed)
 
