@@ -154,7 +154,8 @@ HISTORY = [  # flags beside COMMON -> what they are read as
     # RWKV-LM's training from scratch
     (
         f"{BINIDX} --load_model 0 --lr_init 6e-4 --lr_final 6e-5 --my_pile_stage 3 --my_exit_tokens 1498226207 "
-        "--magic_prime 2926181 --my_pile_edecay 0 --num_nodes 1 --head_size_a 64 --weight_decay 0.001 --enable_progress_bar True --ds_bucket_mb 200",
+        "--magic_prime 2926181 --my_pile_edecay 0 --num_nodes 1 --head_size_a 64 --weight_decay 0.001 "
+        "--enable_progress_bar True --ds_bucket_mb 200",
         {"peft": "none", "load_model": "", "dataload": "get", "epoch_steps": 40320 // 8, "epoch_count": 2926181 // 40320} | COS,
     ),
     # October 2024 to October 2025

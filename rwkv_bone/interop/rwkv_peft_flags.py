@@ -343,9 +343,10 @@ def method(line: Line, sign: str, era: str, notes: list[str]) -> tuple[str, ...]
         line.set("peft", chosen.method)
     for name, value in options.items():
         line.default(name, str(value))
-    for name, file in (("peft_checkpoint", load), ("peft_init", init if load else "")):
-        if file:
-            line.default(name, file)
+    if load:
+        line.default("peft_checkpoint", load)
+    if init and "peft_checkpoint" in line:
+        line.default("peft_init", init)
     adapted = tuple(part for part in parts if part not in ("time", "ln", "emb", "head"))
     in_full = tuple(part for part in parts if part not in adapted) + emb
     if adapted and set(adapted) != {"att", "ffn"}:
