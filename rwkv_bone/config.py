@@ -8,6 +8,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -169,6 +170,8 @@ class TrainConfig:
             raise UserError("--val_split holds documents of --data_file out: not with --val_file, and not with --dataload get")
         if (self.patience or self.val_every) and not (self.val_file or self.val_split):
             raise UserError("--val_every and --patience need held-out data: --val_file or --val_split")
+        if self.data_rows and not re.fullmatch(r"\d*:\d*", self.data_rows):
+            raise UserError(f"--data_rows takes FIRST:LAST, as in :1000 or 1000:2000, not {self.data_rows!r}")
         if self.resume not in ("", "auto"):
             raise UserError(f"--resume takes auto, not {self.resume!r}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):

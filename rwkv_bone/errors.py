@@ -29,6 +29,10 @@ def hint(near: list[str]) -> str:
 def checked(words: Sequence[str]) -> list[str]:
     """The words of a command line; UserError where a script with Windows line ends passed them."""
     for n, word in enumerate(words):
+        if not isinstance(word, str):
+            raise UserError(f"{word!r} in a command line: wanted text, not a {type(word).__name__}")
+        if word == "--" or word.endswith("=--"):  # which argparse would make an empty list of
+            raise UserError(f"{word} in a command line: has no meaning here; leave it out")
         if word.endswith("\r"):
             after = " ".join(words[: n + 1][-2:]).strip()
             cure = "remove them: sed -i 's/\\r$//' SCRIPT"

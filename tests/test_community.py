@@ -378,3 +378,17 @@ def test_rwkv_lms_line_of_today_trains_a_new_model(tmp_path):
     assert line(f"{flags} --proj_dir {tmp_path}").load_model == f"{tmp_path}/rwkv-init.pth"
     with pytest.raises(UserError, match="must divide 40320"):
         line(f"{flags} --micro_bsz 11")
+
+
+def test_rwkv_runners_line_is_taken_with_the_quotes_it_passes():
+    config = line(
+        '--my_testing \'"x060"\' --lora_r 8 --lora_alpha 32 --lora_dropout 0.01 --lora_load "" --data_type binidx --lora '
+        "--lora_parts=att,ffn,time,ln --strategy deepspeed_stage_2 --ds_bucket_mb 2"
+    )
+    assert (config.my_testing, config.peft, config.train_parts) == ("x060", "lora", ("time", "ln"))
+    assert config.peft_options == {"r": 8, "alpha": 32.0, "lora_dropout": 0.01}
+
+
+def test_the_file_of_initial_values_goes_with_the_adapter_to_start_from():
+    words = ["--data_file", "d", "--peft", "pissa", "--pissa_init", "i.pth"]
+    assert TrainConfig.from_argv([*words, "--peft_checkpoint", "a.pth"]).peft_init == "i.pth"

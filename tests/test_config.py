@@ -5,6 +5,8 @@ import pytest
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.peft import METHODS
+from rwkv_bone.training.loader import TrainingData
+from tests.runs import arguments, make_world
 
 RECIPE = """--load_model base.pth --proj_dir out --data_file data/metamath --data_type binidx --vocab_size 65536 --ctx_len 512
  --epoch_steps 1000 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --micro_bsz 16 --n_layer 32 --n_embd 2560 --pre_ffn 0
@@ -66,6 +68,8 @@ def test_an_option_that_a_method_lacks_is_refused(method):
         (["--dataload", "all"], "invalid choice: 'all'"),
         (["--my_testing", "x090"], "invalid choice: 'x090'"),
         (["--bone_config", "{bone_r:64}"], "not JSON"),
+        (["--data_rows", "1000"], "--data_rows takes FIRST:LAST"),
+        (["--data_rows=-5:"], "--data_rows takes FIRST:LAST"),
         (["--resume", "last"], "--resume takes auto"),
         (["--peft", "none", "--r", "8"], "trains the whole model"),
         (["--data_file", ""], "--data_file is missing"),
@@ -84,3 +88,21 @@ def test_help_names_every_flag(capsys):
     assert caught.value.code == 0
     for name in ("--load_model", "--peft", "--r", "--resume", "model:", "output:"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "rows, kept", [(":3", [0, 1, 2]), ("2:4", [2, 3]), ("6:", [6, 7]), ("", list(range(8))), (":", list(range(8)))]
+)
+def test_only_the_rows_that_are_asked_for_are_trained(rows, kept, tmp_path):
+    make_world(tmp_path, rows=8)
+    whole, chosen = (
+        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, *more)), 257).documents
+        for more in ([], ["--data_rows", rows])
+    )
+    assert [chosen[n][0].tolist() for n in range(len(chosen))] == [whole[n][0].tolist() for n in kept]
+
+
+def test_rows_that_leave_nothing_are_refused(tmp_path):
+    make_world(tmp_path, rows=8)
+    with pytest.raises(UserError, match="--data_rows 8: of 8 documents leaves none"):
+        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, "--data_rows", "8:")), 257)

@@ -112,6 +112,11 @@ def test_a_script_with_windows_line_ends_is_named(words):
     assert "Windows line ends" in told(*words) and "\r" not in told(*words).replace("s/\\r", "")
 
 
+@pytest.mark.parametrize("words", [["--micro_bsz", "--"], ["--micro_bsz=--"], ["--"], ["--micro_bsz", ["3"]]], ids=str)
+def test_a_flag_is_never_given_a_list(words):
+    assert "in a command line" in told(*words)
+
+
 @pytest.mark.parametrize("word, said", [("--micro-bsz", "did you mean --micro_bsz?"), ("--mcro_bsz", "did you mean --micro_bsz?"),
                                         ("--fla", "see --help"), ("--ds_bucket_mb", "see --help")])  # fmt: skip
 def test_only_what_is_near_is_suggested(word, said):

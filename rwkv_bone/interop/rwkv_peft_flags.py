@@ -13,6 +13,7 @@ Sources: every train.py of github.com/JL-er/RWKV-PEFT and github.com/Joluck/RWKV
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ REFUSED: dict[str, Mapping[str, str] | str] = {  # flag -> why, or value -> why
     },
     "train_type": {"fullstate": "training the whole model together with its states is not supported; use state, or none"},
 }
-OLD_VERSIONS = {"": "RWKV-5", "x051a": "RWKV-5", "x052": "RWKV-5", "r2r4": "RWKV-5", "5": "RWKV-5", "r3r4": "RWKV-5"}
+OLD_VERSIONS = ("", "x051", "x051a", "x052", "r2r4", "r3r4", "5")
 VERSIONS = {"6": "x060", "7": "x070"}  # RWKV-PEFT looks for the digit alone
 
 # ---------------------------------------------------------------- the words of a command line
@@ -232,14 +233,14 @@ def harmless(line: Line) -> None:
 
 
 def version(line: Line) -> None:
-    given = line.pop("rwkv_version") if "rwkv_version" in line else line.value("my_testing", "x060")
+    if not {"rwkv_version", "my_testing"} & {flag[2:] for flag in line.flags}:
+        return
+    given = line.pop("rwkv_version") if "rwkv_version" in line else line.value("my_testing")
+    given = given.strip("\"'")  # RWKV-Runner's scripts pass the quotes too
     given = VERSIONS.get(given, given)
     if given in OLD_VERSIONS:
-        raise UserError(
-            f"--my_testing {given or repr(given)}: this is {OLD_VERSIONS[given]}, which is not supported; x060 and x070 are"
-        )
-    if "my_testing" in line or given != "x060":
-        line.set("my_testing", given)
+        raise UserError(f"--my_testing {given or repr(given)}: is RWKV-5, which is not supported; x060 and x070 are")
+    line.set("my_testing", given)
 
 
 def spellings(line: Line) -> None:
@@ -270,19 +271,18 @@ def stages(line: Line, notes: list[str]) -> None:
         raise UserError(
             "--my_pile_stage 1 only writes initial weights, which are made here when training begins: run the next stage"
         )
-    if stage not in ("2", "3") or not prime.isdigit() or int(prime) < STAGE_STEPS:
+    if stage not in ("2", "3") or whole(prime) < STAGE_STEPS:
         raise UserError(f"--my_pile_stage {stage} with --magic_prime {prime} is not supported; stage 3 with its magic prime is")
-    rows = [line.value("micro_bsz", "12"), line.value("devices", "1"), line.value("num_nodes", "1")]
-    batch = 1
-    for number in rows:
-        batch *= int(number) if number.isdigit() else 0
+    batch = math.prod(
+        whole(line.value(name, usual)) for name, usual in (("micro_bsz", "12"), ("devices", "1"), ("num_nodes", "1"))
+    )
     if not batch or STAGE_STEPS % batch:
         raise UserError(
             f"--my_pile_stage {stage}: micro_bsz x devices x num_nodes = {batch} must divide {STAGE_STEPS}, as in RWKV-LM"
         )
     init = os.path.join(line.value("proj_dir", "out"), "rwkv-init.pth")
     line.set("load_model", init if os.path.isfile(init) else "")
-    epochs, steps = int(prime) // STAGE_STEPS, STAGE_STEPS // batch
+    epochs, steps = whole(prime) // STAGE_STEPS, STAGE_STEPS // batch
     line.set("epoch_steps", str(steps))
     line.set("epoch_count", str(epochs))
     line.default("dataload", "get")
@@ -431,9 +431,8 @@ def defaults(line: Line, era: str, in_full: tuple[str, ...], more: dict[str, Any
     schedule(line, era, notes)
     line.default("epoch_steps", "1000")
     more["repeat_data"] = True
-    notes.append(
-        f"an epoch is {counted(int(line.value('epoch_steps')), 'step')}, whatever the data: data that is shorter is read again"
-    )
+    steps = counted(whole(line.value("epoch_steps")), "step")
+    notes.append(f"an epoch is {steps}, whatever the data: data that is shorter is read again")
     if line.default("epoch_count", "1"):
         notes.append("no --epoch_count: 1 epoch (there 500)")
     if "precision" not in line:
@@ -449,7 +448,7 @@ def schedule(line: Line, era: str, notes: list[str]) -> None:
         line.set("lr_schedule", "constant")
     elif name == "wsd":
         warmup = line.value("warmup_steps", "0")
-        line.set("warmup_steps", warmup if warmup.isdigit() and int(warmup) else "100")
+        line.set("warmup_steps", warmup if whole(warmup) else "100")
         line.set("lr_final", "0")
         line.set("lr_schedule", "warmup_cos")
         notes.append(f"--lr_schedule wsd: {line.value('warmup_steps')} steps of linear warm-up from 0, then a cosine to 0")
@@ -458,6 +457,11 @@ def schedule(line: Line, era: str, notes: list[str]) -> None:
         if not given:
             curve = "exponentially" if name == "exp" else "along a cosine"
             notes.append(f"no --lr_schedule: the rate goes from {first} to {last} {curve}")
+
+
+def whole(text: str) -> int:
+    """A count of steps or samples as given; 0 for what is none, which the parser refuses."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 
 def number(text: str) -> float | None:
