@@ -174,7 +174,7 @@ class TrainConfig:
             raise UserError(f"--data_rows takes FIRST:LAST, as in :1000 or 1000:2000, not {self.data_rows!r}")
         if self.resume not in ("", "auto"):
             raise UserError(f"--resume takes auto, not {self.resume!r}")
-        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+        if self.devices != "auto" and not re.fullmatch(r"[1-9][0-9]{0,5}", self.devices):
             raise UserError(f"--devices takes a number of devices or auto, not {self.devices!r}")
         if self.layerwise_lr not in (0, 1):
             raise UserError(f"--layerwise_lr takes 0 or 1, not {self.layerwise_lr}")

@@ -5,6 +5,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -14,11 +15,13 @@ from collections.abc import Mapping, Sequence
 class UserError(ValueError):
     """Bad input. The message is one line: what was wanted, what came, what to do.
 
-    Names out of damaged files may be in it: what a terminal would not print as it stands is shown as "?", and it is not endless.
+    Names out of damaged files may be in it: what a terminal would not print as it stands is shown as "?", an endless name by its
+    beginning and end, and the line itself is not endless.
     """
 
     def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else "?" for c in message[:1001])
+        short = re.sub(r"\S{300,}", lambda name: f"{name[0][:100]}...{name[0][-30:]}", message[:20000])
+        line = "".join(c if c.isprintable() else "?" for c in short[:1001])
         super().__init__(line if len(line) <= 1000 else line[:1000] + "...")
 
 

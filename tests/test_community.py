@@ -280,6 +280,7 @@ SAID = [  # flags, the field and its value, what the block says of it
     ("--merge 1", "merge", None, "--merge: rwkv-N.pth is the adapter"),
     (STARTS, "peft_checkpoint", "", "rwkv-0, the adapter to start from: no such file"),
     ("--fla", "op", "auto", "--fla: "),
+    (f"{PAD} --loss_mask qa", "loss_marks", ("Assistant:", "User:"), "--loss_mask qa: trained is what follows Assistant:"),
     (f"{BONE_JSON} --loss_mask qa", "loss_mask", "answer", "--loss_mask qa: answers alone are trained"),
 ]
 

@@ -93,6 +93,11 @@ def test_a_file_name_that_is_too_long_is_one_line():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too long" in done.stderr
 
 
+def test_an_endless_name_does_not_hide_what_is_wrong_with_it():
+    line = str(UserError(f"{'a' * 4000}.pth: no such file"))
+    assert line.startswith("aaa") and line.endswith("aaa.pth: no such file") and len(line) < 200
+
+
 def told(*words: str) -> str:
     parser = Parser(prog="p")
     parser.add_argument("--micro_bsz", type=int)

@@ -9,6 +9,7 @@ PiSSA, OLoRA and LoRA-GA are written as the LoRA of rank 2r that they are beside
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ def layer_of(method: type[AdapterLinear], config: AdapterLinear.Config, out: int
 def is_folder(path: str | Path) -> bool:
     """Whether `path` is peft's: a folder with its configuration, or the file of tensors beside one."""
     path = Path(path)
-    beside = path.suffix == ".safetensors" and (path.parent / CONFIG).is_file()
-    return beside or path.name == TENSORS or (path / CONFIG).is_file()
+    beside = path.suffix == ".safetensors" and os.path.isfile(path.parent / CONFIG)
+    return beside or path.name == TENSORS or os.path.isfile(path / CONFIG)
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

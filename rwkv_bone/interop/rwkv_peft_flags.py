@@ -180,6 +180,7 @@ def read_command_line(argv: Sequence[str]) -> Reading:
     for name in (*CONFIGS, "mask_id"):
         line.join_json(name)
     sign, era = sign_of(line)
+    untold = not any(name in line for name in ("peft", "lora", "PISSA"))
     notes: list[str] = []
     more: dict[str, Any] = {}
     refuse(line)
@@ -193,6 +194,8 @@ def read_command_line(argv: Sequence[str]) -> Reading:
     parts = method(line, sign, era, notes)
     data(line, era, more, notes)
     if sign:
+        if untold and line.words("peft") == ["none"] and line.words("train_type") != ["state"]:
+            notes.append("no --peft: the whole model trains")
         defaults(line, era, parts, more, notes)
         notes = [f"read as an RWKV-PEFT command line, because of --{sign}:", *notes]
     return Reading(line.argv(), more, tuple(notes) if sign else ())
@@ -204,7 +207,7 @@ def sign_of(line: Line) -> tuple[str, str]:
     new = line.words("peft") == ["none"] and not "".join(line.words("load_model"))
     found = [name for name in SIGNS if name in line and not (name == "my_testing" and new)]
     if line.words("peft") == ["state"]:
-        found.append("peft")
+        found.append("peft state")
     if not found:
         return "", ""
     if any(SIGNS.get(name) == "first" for name in found):
@@ -393,33 +396,39 @@ def data(line: Line, era: str, more: dict[str, Any], notes: list[str]) -> None:
         line.drop("loss_mask")  # it has no part in it: answers alone are trained
         notes.append("--data_type sft: answers alone are trained, laid out by the model's template (--template), not by Alpaca's")
     line.drop("sft_field", "sft_split")
-    mask, marks = line.value("loss_mask", ""), line.pop("mask_id")
-    if mask == "se":
-        given = parse("mask_id", marks or "{}", {"mask0": ("end", str), "mask1": ("begin", str), "mask01": ("begin", str)})
-        if set(given) != {"begin", "end"} or not all(given.values()):
-            raise UserError(
-                '--loss_mask se: needs --mask_id \'{"mask0": TEXT, "mask1": TEXT}\'; trained is what follows mask1, up to mask0'
-            )
-        line.drop("loss_mask")
-        more |= {"loss_mask": "marked", "loss_marks": (given["begin"], given["end"])}
-    elif mask == "qa" and line.words("data_type") == ["binidx"]:
-        line.drop("loss_mask")
-        more |= {"loss_mask": "marked", "loss_marks": ("Assistant:", "User:")}
-    elif mask == "qa":
-        line.set("loss_mask", "answer")
-        notes.append("--loss_mask qa: answers alone are trained")
+    masks(line, more, notes)
     if "merge" in line:
         if line.pop("merge") not in ("0", "1"):
             raise UserError("--merge takes 0 or 1")
         notes.append("--merge: rwkv-N.pth is the adapter, which merge.py puts into the model; there the merged model is written")
 
 
+def masks(line: Line, more: dict[str, Any], notes: list[str]) -> None:
+    """--loss_mask qa, between "Assistant:" and "User:", and se, between the marks of --mask_id."""
+    mask, text = line.value("loss_mask", ""), line.pop("mask_id")
+    marks = {"begin": "Assistant:", "end": "User:"}
+    if mask == "se":
+        marks = parse("mask_id", text or "{}", {"mask0": ("end", str), "mask1": ("begin", str), "mask01": ("begin", str)})
+        if set(marks) != {"begin", "end"} or not all(marks.values()):
+            cure = 'needs --mask_id \'{"mask0": TEXT, "mask1": TEXT}\'; trained is what follows mask1, up to mask0'
+            raise UserError(f"--loss_mask se: {cure}")
+    elif mask == "qa" and line.words("data_type") != ["binidx"]:
+        line.set("loss_mask", "answer")
+        notes.append("--loss_mask qa: answers alone are trained")
+        return
+    elif mask != "qa":
+        return
+    line.drop("loss_mask")
+    more |= {"loss_mask": "marked", "loss_marks": (marks["begin"], marks["end"])}
+    notes.append(
+        f"--loss_mask {mask}: trained is what follows {marks['begin']}, up to {marks['end']}; the marks are not (there, they are)"
+    )
+
+
 def defaults(line: Line, era: str, in_full: tuple[str, ...], more: dict[str, Any], notes: list[str]) -> None:
     """What the line leaves out, as RWKV-PEFT has it; and what flags that it gives mean there."""
     full = line.words("peft") == ["none"]
-    if full and line.words("train_type") != ["state"]:
-        notes.append("no --peft: the whole model trains")
-    elif not full and era != "today" and line.default("train_parts", "time", "ln"):
+    if not full and era != "today" and line.default("train_parts", "time", "ln"):
         notes.append("no --train_parts: time and ln train in full beside the adapter (--train_parts [] trains the adapter alone)")
     elif not full and era == "today" and "train_parts" in line and not in_full:
         line.drop("train_parts")
@@ -432,7 +441,8 @@ def defaults(line: Line, era: str, in_full: tuple[str, ...], more: dict[str, Any
     line.default("epoch_steps", "1000")
     more["repeat_data"] = True
     steps = counted(whole(line.value("epoch_steps")), "step")
-    notes.append(f"an epoch is {steps}, whatever the data: data that is shorter is read again")
+    documents = " (there, since October 2025: so many documents)" if era == "today" else ""
+    notes.append(f"an epoch is {steps}, whatever the data{documents}: data that is shorter is read again")
     if line.default("epoch_count", "1"):
         notes.append("no --epoch_count: 1 epoch (there 500)")
     if "precision" not in line:
