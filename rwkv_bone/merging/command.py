@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
     format = args.format or ("safetensors" if output.suffix in (".st", ".safetensors") else "pth")
     dtype = DTYPES[args.dtype] if args.dtype else web_rwkv.DTYPE if format == "safetensors" else None
-    options = Options(Foreign(args.lora_alpha, args.lora_init), dtype, args.device, args.force, args.quant)
+    options = Options(Foreign(args.lora_alpha, args.lora_init, args.type or ""), dtype, args.device, args.force, args.quant)
     check_device(args.device)
     check_combination(args, format)
     job = Merge(Path(args.base_model), [Path(path) for path in args.peft_checkpoint], options)

@@ -51,6 +51,16 @@ def split(documents: Documents, share: float) -> tuple[Documents, Documents]:
     return trained_on, held_out
 
 
+def rows_of(documents: Documents, rows: str) -> Documents:
+    """The documents FIRST:LAST (either may be left out), counted from 0 up to LAST without it."""
+    first, _, last = rows.partition(":")
+    which = slice(int(first or 0), int(last) if last else None)
+    starts, sizes = documents.starts[which], documents.sizes[which]
+    if not len(starts):
+        raise UserError(f"--data_rows {rows} of {len(documents)} documents leaves none to train on")
+    return Documents(documents.tokens, starts, sizes, documents.mask, documents.name)
+
+
 class TrainingData:
     """The documents of a run and how they are cut into samples, micro batches and steps."""
 
@@ -76,6 +86,8 @@ class TrainingData:
             "format": config.format,
         }
         documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, **options)
+        if config.data_rows:
+            documents = rows_of(documents, config.data_rows)
         validation = None
         if config.val_file:
             validation = open_documents(config.val_file, config.data_type, tokenizer, vocab_size, **options)

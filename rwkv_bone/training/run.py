@@ -70,13 +70,14 @@ def adapt(model: RWKV, data: TrainingData, config: TrainConfig) -> TrainConfig:
         model.requires_grad_(True)
         return config
     if config.peft_checkpoint:
-        foreign = Foreign(config.peft_options.get("alpha"), config.peft_init)
+        told = config.peft_options
+        foreign = Foreign(told.get("alpha"), config.peft_init, config.peft, told.get("lora_dropout", 0.0))
         info = load_adapter(model, config.peft_checkpoint, foreign=foreign)
         if info["method"] != config.peft:
             raise UserError(f"{config.peft_checkpoint} holds {info['method']}; --peft {config.peft} cannot start from it")
         for name, value in config.peft_options.items():
             found = info["options"].get(name)
-            if found != value:
+            if found != value and ("foreign" not in info or name in info["options"]):  # others' files do not say all
                 raise UserError(f"{config.peft_checkpoint} has {name} {found}, not {value}; leave --{name} out")
         config = replace(config, peft_options=dict(info["options"]))
     else:
