@@ -1,6 +1,5 @@
 """Evaluation: what is a right answer, what is counted, going on after an interruption, and the loss of any text."""
 
-import io
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from rwkv_bone.evaluate import problems
 from rwkv_bone.evaluate.answers import gsm8k_answer, math_answer, math_equal
 from rwkv_bone.evaluate.command import main
 from rwkv_bone.evaluate.loss import document_losses
-from rwkv_bone.evaluate.results import Progress, Results
+from rwkv_bone.evaluate.results import Results
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.generate.command import GREEDY, Completion, generate
@@ -193,7 +192,6 @@ def pupil(monkeypatch):
             yield Completion(index, text, [1] * 3, "length" if i == 8 else "end")
 
     monkeypatch.setattr(problems, "completions", completions)
-    monkeypatch.setattr(problems.Progress, "update", lambda *args: None)
     return state
 
 
@@ -431,29 +429,6 @@ def test_a_data_set_is_known_by_tokens_borders_and_masks():
 
 
 # ---------------------------------------------------------------- what is shown, and bad input
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for stream in (io.StringIO(), Terminal()):
-        now[0] = 0.0
-        with Progress(200, 100, stream) as progress:
-            for done in range(101, 201):
-                now[0] += 1
-                progress.update(done, "x 1")
-        shown = stream.getvalue()
-        if stream.isatty():
-            assert shown.count("\n") == 1 and "\r[#############       ]  66%, x 1, 1:08 to go" in shown
-        else:
-            assert shown.isprintable() or set(shown) - {"\n"} == {c for c in shown if c.isprintable()}
-            assert shown.splitlines()[:2] == ["50%, x 1, 1:39 to go", "56%, x 1, 1:29 to go"]
-            assert len(shown.splitlines()) == 11 and shown.endswith("100%, x 1, 0:00 to go\n")
 
 
 @pytest.mark.parametrize(

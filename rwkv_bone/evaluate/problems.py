@@ -18,8 +18,9 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate.command import Sampling, completions, read
 from ..models.x060 import RWKV, State
+from ..terminal import Progress
 from .answers import gsm8k_answer, math_answer, math_equal
-from .results import Progress, Results
+from .results import Results
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def solve(
     done = len(problems) - len(todo)
     tokens, began = 0, time.monotonic()
     prompts = [problem.prompt for problem in todo]
-    with Progress(len(problems), done) as progress:
+    with Progress(len(problems), done, "problems") as progress:
         for completion in completions(model, tokenizer, prompts, sampling, max_tokens, stop, seed, batch_size, state):
             problem = todo[completion.index]
             answer = task.answer(completion.text)
