@@ -1,4 +1,4 @@
-"""One run of a comparison: train, measure, answer. See compare.py."""
+"""One run of a comparison: train, measure, answer. See study.py."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
     device = device_type(config)
     before = peak_bytes(device)
     model, data = make_model(config), TimedData(documents, config)
-    losses, seconds, diverged = [], [], ""
+    losses, tokens, seconds, diverged = [], [], [], ""
     began = time.monotonic()
     if base:
         multiply_fast(device, tokens_at_once(data, config), precision(config) == "tf32")
@@ -96,6 +96,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
                 micro = [{name: tensor.to(device) for name, tensor in m.items()} for m in step]
                 weights = [int((m["targets"] >= 0).sum()) for m in micro]
                 losses.append(sum(float(mean_loss(model, m)) * n for m, n in zip(micro, weights)) / max(sum(weights), 1))
+                tokens.append(sum(weights))
     else:
         adapt(model, data, config)
         data.clock.clear()
@@ -109,6 +110,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
         for line in (Path(config.proj_dir) / "loss_data.jsonl").read_text().splitlines():
             step = json.loads(line)
             losses.append(step["loss"] or 0.0)  # nothing was trained: as the base's above
+            tokens.append(step["trained"])
             seconds.append(step["t_cost"])
     peak = peak_bytes(device) - before
     choosing, reported = (math.inf, math.inf) if diverged else held_out_losses(model.to(device), held_out, ids)
@@ -123,6 +125,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
         "seconds": time.monotonic() - began,
         "diverged": diverged,
         "losses": losses,
+        "step_tokens": tokens,  # trained ones, the weights of the losses
     }
 
 
@@ -146,5 +149,6 @@ def child(answer, config: TrainConfig, *data) -> None:
             answer.send(("refused", str(error)))
         except KeyboardInterrupt:
             answer.send(("stopped", ""))
-        except Exception:  # told to the process that waits, which stops
-            answer.send(("crashed", traceback.format_exc()))
+        except Exception as error:  # told to the process that waits, which stops
+            traceback.print_exc()
+            answer.send(("crashed", f"{type(error).__name__}: {error}"))

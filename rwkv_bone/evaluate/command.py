@@ -10,6 +10,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memo
 from ..models.x060 import RWKV
 from ..ops.float32 import multiply_fast
 from . import loss, problems
+from .grading import GRADERS, open_grader
 from .results import Results
 
 
@@ -37,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
         add("--shots_data", default="", metavar="F.jsonl", help="where those come from: its first ones")
         text = f"longest solution, in tokens (default: {task.max_tokens})"
         add("--max_tokens", type=int, default=task.max_tokens, help=text)
+        text = "math-verify compares what is meant; original has the rules of the benchmark's paper (default: math-verify)"
+        add("--grader", choices=GRADERS, default=GRADERS[0], help=text)
         add("--stop", action="append", default=[], help="another text that ends a solution; may be given several times")
         add_sampling_flags(sub, GREEDY, 64)
         add_model_flags(sub)
@@ -96,6 +100,7 @@ def evaluate_problems(args: argparse.Namespace) -> None:
         raise UserError("--limit and --shots must be at least 0, --max_tokens at least 1")
     if args.shots and not args.shots_data:
         raise UserError(f"--shots {args.shots} needs --shots_data, a file of solved problems (not those of --data)")
+    grader = open_grader(args.grader, args.task)
     sampling = sampling_of(args)
     templates = Templates.from_file(args.template) if args.template else Templates()
     fields = {**task.fields, **parse_fields(args.fields)}
@@ -104,14 +109,15 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
     encoder = RowEncoder(tokenizer, templates, {name: fields[name] for name in fields if name in named})
-    asked = problems.read_problems(task, files, encoder, fields["answer"], args.limit)
+    asked = problems.read_problems(grader, files, encoder, fields["answer"], args.limit)
     shots = []
     if args.shots:
-        shots = problems.read_problems(task, find_files([args.shots_data]), encoder, fields["answer"], args.shots)
+        shots = problems.read_problems(grader, find_files([args.shots_data]), encoder, fields["answer"], args.shots)
         if len(shots) < args.shots:
             raise UserError(f"--shots {args.shots}: {args.shots_data} has only {len(shots)} problems")
     stop = [*args.stop, *problems.next_turns(templates)]
     settings = {
+        "grader": grader.name,
         "data": file_hash(files),
         "fields": fields,
         "template": asdict(templates),
@@ -125,7 +131,8 @@ def evaluate_problems(args: argparse.Namespace) -> None:
         with memory_advice("take a smaller --batch_size"):
             state = problems.read_shots(model, tokenizer, shots, templates.chat.after)
             options = (sampling, args.max_tokens, stop, args.seed, args.batch_size)
-            problems.solve(task, model, tokenizer, asked, results, *options, state=state)
+            with closing(grader):
+                problems.solve(grader, model, tokenizer, asked, results, *options, state=state)
         found = problems.summary(results, {problem.id for problem in asked})
         print(problems.describe(args.task, found, args.max_tokens))
         print(f"each answer is in {results.path}")

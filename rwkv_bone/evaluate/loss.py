@@ -12,7 +12,6 @@ Counted are all tokens, or where a mask says which tokens are trained, those: th
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -26,7 +25,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate.command import select
 from ..models.x060 import RWKV
-from .results import Progress, Results
+from ..terminal import Progress
+from .results import Results
 
 LOGITS_AT_ONCE = 1 << 25  # tokens x vocabulary whose logits are held at a time
 
@@ -113,16 +113,13 @@ def measure(
     documents.check_vocabulary(model.config.vocab_size)
     end = tokenizer.end if tokenizer else (0,)
     todo = sorted((i for i in range(len(documents)) if i not in results.done), key=lambda i: -documents.sizes[i])
-    total, left = documents.total_tokens, int(documents.sizes[todo].sum())
-    tokens, nats, counted, began = 0, 0.0, 0, time.monotonic()
+    done = documents.total_tokens - int(documents.sizes[todo].sum())  # tokens of the documents that are measured
+    nats, counted = 0.0, 0
+    with Progress(documents.total_tokens, done, "tokens") as progress:
 
-    def report(new: int) -> None:
-        nonlocal tokens
-        tokens += new
-        rate = f"{tokens / (time.monotonic() - began):,.0f} tokens/s"
-        progress.update(total - left + tokens, f"loss {nats / counted:.4f}, {rate}" if counted else rate)
+        def report(predicted: int) -> None:
+            progress.update(progress.done + predicted, f"loss {nats / counted:.4f}" if counted else "")
 
-    with Progress(total, total - left) as progress:
         for at in range(0, len(todo), batch_size):
             ids = todo[at : at + batch_size]
             batch = [documents[i] if count_end else without_end(documents[i], end) for i in ids]
@@ -131,6 +128,8 @@ def measure(
                 masked = not trained.all()
                 results.add({"id": i, "nll": nll, "counted": count, "tokens": len(ids_), "bytes": size, "masked": bool(masked)})
                 nats, counted = nats + nll, counted + count
+            done += int(documents.sizes[ids].sum())  # first tokens and ends that are left out are not predicted
+            progress.update(done, f"loss {nats / counted:.4f}" if counted else "")
 
 
 def summary(results: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,9 @@ solved ones if asked for; those are read once, and their state is where every qu
 
 import json
 import math
-import operator
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +17,20 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate.command import Sampling, completions, read
 from ..models.x060 import RWKV, State
-from .answers import gsm8k_answer, math_answer, math_equal
-from .results import Progress, Results
+from ..terminal import Progress
+from .grading import SECONDS, Grader
+from .results import Results
 
 
 @dataclass(frozen=True)
 class Task:
     fields: dict[str, str]  # our name -> the file's
-    answer: Callable[[str], Any]  # the final answer of a solution, or None
-    equal: Callable[[Any, Any], bool]
     max_tokens: int
 
 
 TASKS = {
-    "gsm8k": Task({"question": "question", "answer": "answer"}, gsm8k_answer, operator.eq, 512),
-    "math": Task({"question": "problem", "answer": "solution"}, math_answer, math_equal, 1024),
+    "gsm8k": Task({"question": "question", "answer": "answer"}, 512),
+    "math": Task({"question": "problem", "answer": "solution"}, 1024),
 }
 
 
@@ -41,11 +39,11 @@ class Problem:
     id: int  # its place in the files, from 0
     prompt: str  # as the model is asked
     solution: str  # as the model would be taught
-    expected: Any  # the final answer
+    expected: Any  # the final answer, for the grader
     group: str  # e.g. MATH's subject
 
 
-def read_problems(task: Task, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
+def read_problems(grader: Grader, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
     """The problems of jsonl files, the first `limit` of them (0: all); `solution` names the field that ends with the answer."""
     problems: list[Problem] = []
     lines = (line for batch in read_lines(list(paths)) for line in enumerate_lines(batch))
@@ -59,7 +57,7 @@ def read_problems(task: Task, paths: Sequence[str], encoder: RowEncoder, solutio
             if not isinstance(row, dict):
                 raise UserError("wanted an object with a question and a solution")
             segments = encoder.segments(row)
-            expected = task.answer(str(row.get(solution) or ""))
+            expected = grader.expected("" if row.get(solution) is None else str(row[solution]))
             if expected is None or segments is None:
                 raise UserError(f"no question, or no answer in {solution!r}; name the fields by --fields")
         except (ValueError, RecursionError) as error:
@@ -88,7 +86,7 @@ def read_shots(model: RWKV, tokenizer: Tokenizer, shots: Sequence[Problem], betw
 
 
 def solve(
-    task: Task,
+    grader: Grader,
     model: RWKV,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
@@ -107,25 +105,25 @@ def solve(
     done = len(problems) - len(todo)
     tokens, began = 0, time.monotonic()
     prompts = [problem.prompt for problem in todo]
-    with Progress(len(problems), done) as progress:
+    with Progress(len(problems), done, "problems") as progress:
         for completion in completions(model, tokenizer, prompts, sampling, max_tokens, stop, seed, batch_size, state):
             problem = todo[completion.index]
-            answer = task.answer(completion.text)
-            correct = answer is not None and bool(task.equal(answer, problem.expected))
+            grade = grader.grade(completion.text, problem.expected)
             results.add(
                 {
                     "id": problem.id,
                     "group": problem.group,
-                    "correct": correct,
-                    "answer": None if answer is None else str(answer),
+                    "correct": grade.correct,
+                    "answer": grade.answer,
                     "expected": str(problem.expected),
+                    "gave_up": grade.gave_up,
                     "reason": completion.reason,
                     "tokens": len(completion.tokens),
                     "prompt": problem.prompt,
                     "output": completion.text,
                 }
             )
-            done, right, tokens = done + 1, right + correct, tokens + len(completion.tokens)
+            done, right, tokens = done + 1, right + grade.correct, tokens + len(completion.tokens)
             rate = tokens / (time.monotonic() - began)
             progress.update(done, f"{right} of {done} right ({right / done:.1%}), {rate:,.0f} tokens/s")
 
@@ -140,6 +138,7 @@ def summary(results: Results, ids: set[int]) -> dict[str, Any]:
         **accuracy([item["correct"] for item in items]),
         "no_answer": sum(item["answer"] is None for item in items),
         "cut": sum(item["reason"] == "length" for item in items),
+        "gave_up": sum(item["gave_up"] for item in items),
         "tokens": sum(item["tokens"] for item in items),
         "groups": {name: accuracy(groups[name]) for name in sorted(groups)} if len(groups) > 1 else {},
     }
@@ -161,4 +160,6 @@ def describe(name: str, found: dict[str, Any], max_tokens: int) -> str:
 
     lines = [line(name, found), *(line(f"  {group}", a) for group, a in found["groups"].items())]
     lines.append(f"{found['no_answer']} gave no answer, {found['cut']} were cut at {max_tokens} tokens")
+    if found["gave_up"]:
+        lines.append(f"{found['gave_up']} could not be graded within {SECONDS:.0f} s or the memory limit and count as wrong")
     return "\n".join(lines)

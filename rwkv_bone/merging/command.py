@@ -31,6 +31,7 @@ from ..interop.rwkv_peft import UNAIDED, Foreign
 from ..models.x060 import RWKV
 from ..peft import PROJECTIONS, TRAIN_PARTS, merge, quant
 from ..peft.adapter import matches
+from ..terminal import Progress
 from .as_lora import as_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -213,26 +214,14 @@ def write(path: Path, format: str, layout: Layout, tensors: Iterator[tuple[str, 
         write_safetensors(file, renamed, ((web_rwkv.web_name(name), web_rwkv.web_tensor(name, t)) for name, t in tensors))
 
 
-class Progress:
-    """Percent done: one line that is written over on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, what: str):
-        self.total, self.what, self.done, self.shown = total, what, 0, time.monotonic()
-
-    def of(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        terminal = sys.stdout.isatty()
-        try:
-            for name, tensor in tensors:
-                yield name, tensor
-                self.done += tensor.nbytes
-                if terminal:
-                    print(f"\r{self.what} {self.done / self.total:4.0%}", end="", flush=True)
-                elif time.monotonic() - self.shown > 10:
-                    self.shown = time.monotonic()
-                    print(f"{self.what} {self.done / self.total:4.0%}", flush=True)
-        finally:
-            if terminal:
-                print("\r" + " " * (len(self.what) + 5) + "\r", end="", flush=True)
+def shown(tensors: Iterator[tuple[str, Tensor]], size: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, while stdout shows how many of their `size` bytes are done."""
+    done = 0
+    with Progress(size, unit="B", label="merging   ", stream=sys.stdout, leave=False) as progress:
+        for name, tensor in tensors:
+            yield name, tensor
+            done += tensor.nbytes
+            progress.update(done)
 
 
 # ---------------------------------------------------------------- verifying
@@ -330,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     began = time.monotonic()
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in job.layout.values())
-    write(output, format, job.layout, Progress(size, "merging   ").of(job.tensors()))
+    write(output, format, job.layout, shown(job.tensors(), size))
     if job.adapters:
         print(job.report())
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype, _ in job.layout.values()}))
