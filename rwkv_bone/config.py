@@ -18,8 +18,8 @@ from .data.documents import DATA_TYPES
 from .data.samples import DATALOADS
 from .errors import Parser, UserError, checked, hint
 from .interop.rwkv_peft_flags import read_command_line
-from .models import VERSIONS
-from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
+from .models import MODELS
+from .peft import METHODS
 from .peft.quant import KINDS
 
 PRECISIONS = {
@@ -52,8 +52,8 @@ def flag(default: Any, group: str, help: str, choices=None, **more) -> Any:
 class TrainConfig:
     """One training run. Each field is the flag `--name`; sizes of 0 mean "as the file has it", or the default of a new model."""
 
-    load_model: str = flag("", "model", 'RWKV-6 .pth to train; "" makes a new model of --n_layer, --n_embd, --vocab_size')
-    my_testing: str = flag("x060", "model", "model version", choices=tuple(VERSIONS))
+    load_model: str = flag("", "model", 'RWKV .pth to train; "" makes a new model of --n_layer, --n_embd, --vocab_size')
+    my_testing: str = flag("", "model", "model version; the file of --load_model says it, for a new model: x060", choices=("", *MODELS))
     vocab_size: int = flag(0, "model", "vocabulary; checked against the file")
     n_layer: int = flag(0, "model", "layers; checked against the file")
     n_embd: int = flag(0, "model", "embedding size; checked against the file")
@@ -93,8 +93,8 @@ class TrainConfig:
     val_split: float = flag(0.0, "data", "or the share of data_file's documents to hold out, spread evenly over it")
 
     peft: str = flag("bone", "method", f"{', '.join(METHODS)}, or none: the whole model trains")
-    parts: tuple[str, ...] = flag(PROJECTIONS, "method", "projections that get an adapter: att, ffn, att.key, ...")
-    train_parts: tuple[str, ...] = flag((), "method", f"parts trained in full beside it: {', '.join(TRAIN_PARTS)}")
+    parts: tuple[str, ...] = flag((), "method", "layers that get an adapter: att, ffn, att.key, ...; default: the model's projections")
+    train_parts: tuple[str, ...] = flag((), "method", "parts trained in full beside it: emb, head, time, ln")
     peft_checkpoint: str = flag("", "method", "adapter .pth to start from")
     peft_init: str = flag("", "method", "with a PiSSA of RWKV-PEFT as --peft_checkpoint: its file of A and B as they started")
     peft_options: dict[str, Any] = field(default_factory=dict)  # r, alpha, ...: a flag each, those that the method has
@@ -113,12 +113,14 @@ class TrainConfig:
         "from lr_init to lr_final; warmup_cos: linear warm-up from 0, then a cosine; wsd: falls in the last fifth",
         choices=SCHEDULES,
     )
-    warmup_steps: int = flag(0, "training", "steps in which the rate rises from a hundredth")
-    layerwise_lr: int = flag(1, "training", "1: time_decay learns at twice the rate")
+    warmup_steps: int = flag(0, "training", "steps in which the rate rises, from a fifth")
+    layerwise_lr: int = flag(1, "training", "1: the model's own multiples of the rate (RWKV: the decay's is doubled)")
+    objective: str = flag("text", "training", "what is trained for; text: the next token")
+    optim: str = flag("adamw", "training", "optimizer")
     beta1: float = flag(0.9, "training", "Adam")
     beta2: float = flag(0.99, "training", "Adam")
     adam_eps: float = flag(1e-8, "training", "Adam")
-    weight_decay: float = flag(0.0, "training", "AdamW, on matrices only")
+    weight_decay: float = flag(0.0, "training", "weight decay, on matrices only")
     grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
     val_every: int = flag(0, "training", "steps between two validations; 0: at the end of each epoch")
     patience: int = flag(0, "training", "end the run after so many validations without a better one; 0: never")
@@ -245,7 +247,7 @@ def make_parser() -> tuple[Parser, list[str]]:
     """The parser, and the names of the flags that are options of methods."""
     parser = Parser(
         prog="train.py",
-        description="Fine-tune an RWKV-6 model with Bone or another method, or train one in full.",
+        description="Fine-tune an RWKV model with Bone or another method, or train one in full.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog="Command lines of RWKV-PEFT and RWKV-LM (--bone_config, --lora, --my_testing, ...) are read too: see README.",

@@ -8,6 +8,7 @@ backpropagation through the whole sequence at the price of a second forward pass
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.base import State, detach, tensors_of
@@ -20,6 +21,19 @@ def pieces_of(micro: Micro, chunk: int) -> list[Micro]:
     """A micro batch (B, T) cut into pieces of `chunk` tokens."""
     names = [name for name in ("idx", "targets", "reset") if name in micro]
     return [{name: micro[name][:, at : at + chunk] for name in names} for at in range(0, micro["idx"].shape[1], chunk)]
+
+
+def equal_lengths(micro_batches: list[Micro], largest: Callable[[Tensor], Tensor]) -> list[Micro]:
+    """Pad each micro batch to the longest of its number on any device: engines that divide weights need as many chunks on all.
+
+    `largest`: elementwise maximum over the devices.
+    """
+    lengths = largest(torch.tensor([m["idx"].shape[1] for m in micro_batches]))
+    fill = {"idx": 0, "targets": -100, "reset": False}
+    return [
+        {name: F.pad(t, (0, longest - t.shape[1]), value=fill[name]) if name in fill else t for name, t in m.items()}
+        for m, longest in zip(micro_batches, lengths.tolist())
+    ]
 
 
 def loss_in_chunks(forward: Forward, micro: Micro, chunk: int) -> Tensor:
