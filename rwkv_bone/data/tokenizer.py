@@ -56,11 +56,16 @@ class Tokenizer:
         return lambda token: decoder.decode(b"" if token is None else self.decode_bytes([token]), token is None)
 
     def _bytes(self, text: str) -> bytes:
-        try:
-            return text.encode(self.encoding)
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise UserError(f"character {error.start} is U+{code:04X}, half of a surrogate pair; remove it") from None
+        return unicode_bytes(text, self.encoding)
+
+
+def unicode_bytes(text: str, encoding: str = "utf-8") -> bytes:
+    """UserError for lone surrogates."""
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(f"character {error.start} is U+{code:04X}, half of a surrogate pair; remove it") from None
 
 
 class ByteTokenizer(Tokenizer):
