@@ -59,8 +59,8 @@ class Study:
         self.base = Entry("base", "base", (), (), 0)
         self.entries = make_entries(comparison, model)
         self.reference = comparison.budget if comparison.budget in comparison.methods else self.entries[0].label
-        self.documents = self.open(shared, shared.data_file, model.config.vocab_size)
-        self.held_out = self.open(replace(shared, data_type="auto"), comparison.held_out, model.config.vocab_size)
+        self.documents = self.open(shared, shared.data_file, model.sizes.vocab_size)
+        self.held_out = self.open(replace(shared, data_type="auto"), comparison.held_out, model.sizes.vocab_size)
         self.held_out_ids = range(0, len(self.held_out), comparison.held_out_every)[: comparison.held_out_documents]
         self.epochs = self.count_epochs(shared)
         self.of_all = {"base": model.fingerprint, "data": identity(self.documents), "held_out": identity(self.held_out),
@@ -100,7 +100,7 @@ class Study:
 
     def count_epochs(self, shared: TrainConfig) -> int:
         """The fewest epochs of equal length that make up the steps."""
-        steps, there = self.comparison.steps, TrainingData(self.documents, replace(shared, epoch_steps=0)).steps_per_epoch(1)
+        steps, there = self.comparison.steps, TrainingData.of_documents(self.documents, replace(shared, epoch_steps=0)).steps_per_epoch(1)
         return next(n for n in range(1, steps + 1) if steps % n == 0 and steps // n <= there)
 
     def config(self, run: Run) -> TrainConfig:

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..peft import METHODS, TRAIN_PARTS
-from ..peft.adapter import matches
+from ..models import LanguageModel
+from ..peft import METHODS
+from ..peft.adapter import projections
 from .comparison import Comparison, Entry, Run
 
 # -------------------------------------------------- equal numbers of trained parameters
 
 
-def projection_shapes(model: nn.Module, parts: Iterable[str]) -> Counter[tuple[int, int]]:
+def projection_shapes(model: nn.Module, parts: Iterable[str] | None) -> Counter[tuple[int, int]]:
     """Shapes (out, in) of the projections that get an adapter, and how many have each."""
-    linears = ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear)
-    return Counter((m.out_features, m.in_features) for name, m in linears if matches(name, parts))
+    return Counter(tuple(model.get_parameter(f"{name}.weight").shape) for name in projections(model, parts))
 
 
 def trained_parameters(shapes: Mapping[tuple[int, int], int], method: str, options: Mapping[str, Any]) -> int:
@@ -52,16 +52,16 @@ def match_r(shapes: Mapping[tuple[int, int], int], method: str, options: Mapping
     return best
 
 
-def make_entries(comparison: Comparison, model: nn.Module) -> list[Entry]:
+def make_entries(comparison: Comparison, model: LanguageModel) -> list[Entry]:
     """The rows of the table, each method with its r."""
     shared = comparison.config()
     train_parts = comparison.flags.get("train_parts", ())
-    shapes, whole = projection_shapes(model, shared.parts), sum(p.numel() for p in model.parameters())
+    shapes, whole = projection_shapes(model, shared.parts or None), sum(p.numel() for p in model.parameters())
     if not shapes:
         raise UserError(f"parts: {', '.join(shared.parts) or 'none'} names no projection of the model")
-    if unknown := [part for part in train_parts if part not in TRAIN_PARTS]:
-        raise UserError(f"train_parts: {unknown[0]} is none of {', '.join(TRAIN_PARTS)}")
-    beside = sum(p.numel() for name, p in model.named_parameters() if any(TRAIN_PARTS[part](name) for part in train_parts))
+    if unknown := [part for part in train_parts if part not in model.full_parts]:
+        raise UserError(f"train_parts: {unknown[0]} is none of {', '.join(model.full_parts)}")
+    beside = sum(p.numel() for name, p in model.named_parameters() if any(model.in_part(name, part) for part in train_parts))
     given: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {}
     for label, said in comparison.methods.items():
         options = dict(said)

@@ -19,12 +19,11 @@ Padding is on the right, idx 0 and target -100: it changes no loss. Token 0 insi
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from .documents import Documents
@@ -290,60 +289,28 @@ class Summary:
         return lines
 
 
-class Batches:
-    """Batches of one device in one epoch: `len(batches)`, iteration -> dicts of `collate`; `loader()` for DataLoader workers.
-
-    pad_full   pad every row to ctx_len (shapes never change), not to the longest of the batch
-    shuffle    is without effect for `get`, whose order is its own
-    """
-
-    def __init__(self, documents: Documents, dataload: str = "pad", ctx_len: int = 512, micro_bsz: int = 1, rank: int = 0,
-                 world_size: int = 1, seed: int = 0, shuffle: bool = True, epoch: int = 0, start_batch: int = 0,
-                 pad_full: bool = False):  # fmt: skip
-        if dataload == "only" and micro_bsz != 1:
-            raise UserError(f"--dataload only takes one document a batch, not --micro_bsz {micro_bsz}; say 1, or --dataload pad")
-        self.samples = Samples(documents, dataload, ctx_len)
-        shuffle = shuffle and dataload != "get"
-        self.sampler = BatchSampler(len(self.samples), micro_bsz, rank, world_size, seed, shuffle, epoch, start_batch)
-        self.round_to = ctx_len if pad_full else 1 if dataload == "only" else ROUND
-        self.collate = partial(collate, ctx_len=ctx_len, round_to=self.round_to, with_reset=dataload == "pack")
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def batch(self, epoch: int, number: int) -> dict[str, torch.Tensor]:
-        return self.collate([self.samples[i] for i in self.sampler.batch(epoch, number)])
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self.collate([self.samples[i] for i in batch]) for batch in self.sampler)
-
-    def loader(self, num_workers: int = 0, **options) -> DataLoader:
-        return DataLoader(
-            self.samples, batch_sampler=self.sampler, collate_fn=self.collate, num_workers=num_workers, **options
-        )
-
-    def summary(self) -> Summary:
-        """Counts of the sampler's epoch."""
-        samples, sampler, documents = self.samples, self.sampler, self.samples.documents
-        lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size).T
-        slots = 0
-        for lo in range(0, sampler.samples_per_device, sampler.micro_bsz):
-            batch = lengths[:, lo : lo + sampler.micro_bsz]  # (devices, B)
-            slots += int(padded_length(batch.max(1), self.round_to, samples.ctx_len).sum()) * batch.shape[1]
-        return Summary(
-            name=documents.name,
-            dataload=samples.dataload,
-            documents=len(documents),
-            tokens=documents.total_tokens,
-            longest=int(documents.sizes.max()),
-            rows=documents.tally.lines(),
-            too_short=samples.too_short,
-            samples=len(samples),
-            slots=slots,
-            inputs=int(samples.tokens.sum()),
-            trained=int(samples.trained.sum()),
-            untrained_samples=int(np.count_nonzero(samples.trained == 0)),
-            cut=samples.cut,
-            cut_documents=samples.cut_documents,
-            batches=sampler.batches_per_epoch,
-        )
+def summary_of(samples: Samples, sampler: BatchSampler, round_to: int = ROUND) -> Summary:
+    """Counts of the sampler's epoch."""
+    documents = samples.documents
+    lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size).T
+    slots = 0
+    for lo in range(0, sampler.samples_per_device, sampler.micro_bsz):
+        batch = lengths[:, lo : lo + sampler.micro_bsz]  # (devices, B)
+        slots += int(padded_length(batch.max(1), round_to, samples.ctx_len).sum()) * batch.shape[1]
+    return Summary(
+        name=documents.name,
+        dataload=samples.dataload,
+        documents=len(documents),
+        tokens=documents.total_tokens,
+        longest=int(documents.sizes.max()),
+        rows=documents.tally.lines(),
+        too_short=samples.too_short,
+        samples=len(samples),
+        slots=slots,
+        inputs=int(samples.tokens.sum()),
+        trained=int(samples.trained.sum()),
+        untrained_samples=int(np.count_nonzero(samples.trained == 0)),
+        cut=samples.cut,
+        cut_documents=samples.cut_documents,
+        batches=sampler.batches_per_epoch,
+    )

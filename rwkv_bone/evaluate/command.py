@@ -20,7 +20,7 @@ from ..data.documents import DATA_TYPES, open_documents
 from ..data.jsonl import RowEncoder, Templates, find_files, parse_fields
 from ..errors import Parser, UserError
 from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
-from ..models.x060 import RWKV
+from ..models import LanguageModel
 from ..ops.float32 import multiply_fast
 from . import loss, problems
 from .grading import GRADERS, open_grader
@@ -66,7 +66,7 @@ def add_data_flags(parser: argparse.ArgumentParser, text: str) -> argparse._Argu
     return group
 
 
-def open_results(args: argparse.Namespace, model: RWKV, settings: dict[str, Any]) -> Results:
+def open_results(args: argparse.Namespace, model: LanguageModel, settings: dict[str, Any]) -> Results:
     """The results of this very evaluation: the same model, data and settings."""
     path = args.out
     if not path:
@@ -76,7 +76,7 @@ def open_results(args: argparse.Namespace, model: RWKV, settings: dict[str, Any]
         "task": args.task,
         "model": model.fingerprint[:16],
         "adapter": file_hash([args.peft_checkpoint]) if args.peft_checkpoint else "",
-        "dtype": str(model.emb.weight.dtype),
+        "dtype": str(model.dtype),
         "tokenizer": [args.tokenizer, args.encoding],
     }
     results = Results(path, {**same, **settings}, args.overwrite)
@@ -148,8 +148,8 @@ def evaluate_loss(args: argparse.Namespace) -> None:
             raise
         tokenizer = None  # binidx needs none but for bits per byte; others say that they do
     of_rows = {"templates": templates, "fields": parse_fields(args.fields), "loss_mask": args.loss_mask}
-    documents = open_documents(args.data, args.data_type, tokenizer, model.config.vocab_size, **of_rows)
-    multiply_fast(model.emb.weight.device.type, args.batch_size * args.chunk_len)
+    documents = open_documents(args.data, args.data_type, tokenizer, model.sizes.vocab_size, **of_rows)
+    multiply_fast(model.device.type, args.batch_size * args.chunk_len)
     with open_results(args, model, {"data": loss.identity(documents), "count_end": args.count_end}) as results:
         with memory_advice("take a smaller --batch_size or --chunk_len"):
             loss.measure(model, documents, results, tokenizer, args.count_end, args.batch_size, args.chunk_len)

@@ -16,7 +16,7 @@ from ..data.jsonl import PLACEHOLDER, RowEncoder, Templates, read_lines
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate.command import Sampling, completions, read
-from ..models.x060 import RWKV, State
+from ..models import LanguageModel, State
 from ..terminal import Progress
 from .grading import SECONDS, Grader
 from .results import Results
@@ -79,7 +79,7 @@ def next_turns(templates: Templates) -> list[str]:
     return [templates.chat.after + opening for opening in dict.fromkeys(openings) if opening]
 
 
-def read_shots(model: RWKV, tokenizer: Tokenizer, shots: Sequence[Problem], between: str) -> State | None:
+def read_shots(model: LanguageModel, tokenizer: Tokenizer, shots: Sequence[Problem], between: str) -> State | None:
     """The state after some solved problems, `between` following each; None without any."""
     tokens = [t for shot in shots for text in (shot.prompt, shot.solution + between) for t in tokenizer.encode(text)]
     return read(model, [tokens])[1] if tokens else None
@@ -87,7 +87,7 @@ def read_shots(model: RWKV, tokenizer: Tokenizer, shots: Sequence[Problem], betw
 
 def solve(
     grader: Grader,
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     results: Results,

@@ -42,8 +42,8 @@ from ..files.adapters import load_adapter
 from ..files.atomic import atomic
 from ..files.models import load_model
 from ..interop.rwkv_peft import Foreign
-from ..models.direct import direct
-from ..models.x060 import RWKV, LayerState, State
+from ..models import Execution, LanguageModel, State
+from ..models.base import join, select
 from ..ops.wkv6 import OPS
 from ..peft import merge
 
@@ -91,25 +91,15 @@ class Completion:
 # ---------------------------------------------------------------- states and logits
 
 
-def select(state: State, rows) -> State:
-    """Some rows of a batch's state: a slice, or indices."""
-    return [LayerState(*(x[rows] for x in layer)) for layer in state]
-
-
-def join(states: Sequence[State]) -> State:
-    """The rows of several states as one batch."""
-    return [LayerState(*(torch.cat(parts) for parts in zip(*layers))) for layers in zip(*states)]
-
-
 @torch.inference_mode()
-def read(model: RWKV, prompts: Sequence[Sequence[int]], state: State | None = None) -> tuple[Tensor, State]:
+def read(model: LanguageModel, prompts: Sequence[Sequence[int]], state: State | None = None) -> tuple[Tensor, State]:
     """Logits (B, V) after each of B prompts of at least one token, and their state.
 
     `state` (of batch 1) is where all of them begin; None: at nothing. Rows are read side by side up to the end of the
     shortest, the others up to the end of the next, and so on: nothing is padded, so each row is what it is alone.
     What it returns serves no backward pass: made in inference mode, which is quicker.
     """
-    B, device = len(prompts), model.emb.weight.device
+    B, device = len(prompts), model.device
     order = sorted(range(B), key=lambda i: -len(prompts[i]))  # the longest first: rows that go on are the first n
     lengths = [len(prompts[i]) for i in order]
     idx = torch.zeros(B, lengths[0], dtype=torch.int64)
@@ -132,8 +122,8 @@ def read(model: RWKV, prompts: Sequence[Sequence[int]], state: State | None = No
 
 
 @torch.inference_mode()
-def step(model: RWKV, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-    """Logits (B, V) after one more token (B,) of each row, and the new state; quickest with a `direct(model)`."""
+def step(model: LanguageModel, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """Logits (B, V) after one more token (B,) of each row, and the new state."""
     hidden, state = model.hidden(tokens.unsqueeze(1), state)
     return model.head(hidden[:, -1]), state
 
@@ -214,7 +204,7 @@ class Row:
 
 
 def completions(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     sampling: Sampling = DEFAULT,
@@ -237,7 +227,6 @@ def completions(
         raise UserError(f"--max_tokens {max_tokens} and --batch_size {batch_size} must be at least 1")
     if "" in stop:
         raise UserError("a stop string must not be empty")
-    model = direct(model)
     rows: list[Row] = []
     repeats: Counter[tuple[int, ...]] = Counter()
     for index, prompt in enumerate(prompts):
@@ -246,10 +235,10 @@ def completions(
         rows.append(Row(index, list(read_first), tokenizer, stop, max_tokens, source, on_text))
         repeats[read_first] += 1
     waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
-    rows, device = [], model.emb.weight.device
-    logits = torch.empty(0, model.config.vocab_size, device=device)  # of `rows`, as their state `carried`
+    rows, device = [], model.device
+    logits = torch.empty(0, model.sizes.vocab_size, device=device)  # of `rows`, as their state `carried`
     carried: State = []
-    said = torch.zeros(2, 0, model.config.vocab_size, device=device)  # per row and token: sampled before, and the count
+    said = torch.zeros(2, 0, model.sizes.vocab_size, device=device)  # per row and token: sampled before, and the count
     uncounted: dict[int, bool] = {}
     while waiting or rows:
         room = batch_size - len(rows)
@@ -286,7 +275,7 @@ def completions(
             logits, carried = step(model, chosen, carried)
 
 
-def generate(model: RWKV, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], *args, **kwargs) -> list[Completion]:
+def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], *args, **kwargs) -> list[Completion]:
     """All `completions`, in the order of the prompts."""
     return sorted(completions(model, tokenizer, prompts, *args, **kwargs), key=lambda completion: completion.index)
 
@@ -300,7 +289,7 @@ WORLD_CHAT = Chat()
 class Conversation:
     """A chat that remembers: the state after all that was said, and the tokens not yet read into it."""
 
-    def __init__(self, model: RWKV, tokenizer: Tokenizer, template: Chat = WORLD_CHAT):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, template: Chat = WORLD_CHAT):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.stop = (template.after + template.markers["user"],)
         self.state: State | None = None
@@ -338,7 +327,7 @@ def user_turn(message: str, template: Chat = WORLD_CHAT) -> str:
     return template.markers["user"] + template.before + message + template.after + template.markers["assistant"]
 
 
-def chat(model: RWKV, tokenizer: Tokenizer, template: Chat, sampling: Sampling, max_tokens: int, seed: int) -> None:
+def chat(model: LanguageModel, tokenizer: Tokenizer, template: Chat, sampling: Sampling, max_tokens: int, seed: int) -> None:
     """Talk on the terminal until the input ends."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -380,13 +369,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoding", default="utf-8", choices=("utf-8", "utf-16-le"), help="of the byte tokenizer")
 
 
-def open_model(args: argparse.Namespace) -> RWKV:
+def open_model(args: argparse.Namespace) -> LanguageModel:
     """The model of --model and --peft_checkpoint, merged and ready to run."""
     device = pick_device(args.device)
     if args.op in ("cpu", "cuda") and args.op != device.type:
         raise UserError(f"--op {args.op} does not run on --device {device}; leave it out")
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = load_model(args.model, dtype, device)
+    model = load_model(args.model, dtype, device, Execution(args.op))
     told = args.lora_alpha is not None or args.lora_init
     args.trained_with = None
     if args.peft_checkpoint:
@@ -398,13 +387,12 @@ def open_model(args: argparse.Namespace) -> RWKV:
     elif told:
         raise UserError("--lora_alpha and --lora_init belong to a --peft_checkpoint")
     model.requires_grad_(False).eval()
-    model.op = args.op
     return model
 
 
-def tokenizer_of(args: argparse.Namespace, model: RWKV) -> Tokenizer:
+def tokenizer_of(args: argparse.Namespace, model: LanguageModel) -> Tokenizer:
     """The tokenizer that the flags of an opened model ask for; a warning if its adapter learned from another's tokens."""
-    tokenizer = open_tokenizer(args.tokenizer, model.config.vocab_size, args.vocab_file or None, args.encoding)
+    tokenizer = open_tokenizer(args.tokenizer, model.sizes.vocab_size, args.vocab_file or None, args.encoding)
     if cure := other_tokenizer(args.trained_with, tokenizer):
         print(f"warning: {args.peft_checkpoint} was not trained with {tokenizer}; give {cure}", file=sys.stderr, flush=True)
     return tokenizer

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
+
 def option(default: Any, help: str) -> Any:
     """A field of a method's Config: its default, whose type is the option's, and what `--help` says of it."""
     return field(default=default, metadata={"help": help})

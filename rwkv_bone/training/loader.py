@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..data.documents import Documents, open_documents
 from ..data.encode import parse_fields
+from ..data.marks import between_marks
 from ..data.samples import ROUND, BatchSampler, Samples, collate, padded_length, summary_of
 from ..data.templates import Template
 from ..data.tokenizer import Tokenizer, open_tokenizer
@@ -40,6 +40,21 @@ def rows_of(documents: Documents, rows: str) -> Documents:
     if not len(chosen):
         raise UserError(f"--data_rows {rows} of {len(documents)} documents leaves none to train on")
     return chosen
+
+
+def tokens_of(text: str, tokenizer: Tokenizer | None, why_none: str) -> list[int]:
+    if tokenizer is None:
+        raise UserError(why_none)
+    return tokenizer.encode(text)
+
+
+def marked(documents: Documents, marks: list[list[int]]) -> np.ndarray:
+    """The mask of documents that are trained from the first mark up to the second."""
+    begin, end = marks
+    mask = np.zeros(len(documents.tokens), np.uint8)
+    for start, size in zip(documents.starts, documents.sizes):
+        mask[start : start + size] = between_marks(documents.tokens[start : start + size], begin, end)
+    return mask
 
 
 class Epochs:
@@ -109,8 +124,7 @@ class TrainingData:
                 raise
             why_none = str(error)
         options: dict[str, Any] = {
-            "loss_mask": "all" if config.loss_mask == "none" else config.loss_mask,
-            "loss_marks": config.loss_marks,
+            "loss_mask": "all" if config.loss_mask in ("none", "marked") else config.loss_mask,
             "fields": parse_fields(config.fields),
             "template": template,
             "format": config.format,
@@ -126,6 +140,9 @@ class TrainingData:
         if config.data_rows:
             documents = rows_of(documents, config.data_rows)
         validation = opened(config.val_file) if config.val_file else None
+        if config.loss_mask == "marked":
+            for found in filter(None, (documents, validation)):
+                found.mask = marked(found, [tokens_of(mark, tokenizer, why_none) for mark in config.loss_marks])
         if config.val_split:
             documents, validation = split(documents, config.val_split)
         data = cls.of_documents(documents, config, validation)
@@ -221,7 +238,3 @@ class TrainingData:
             lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends before {unseen:,} samples were seen")
         return lines + self.lines
 
-
-def random_generator() -> torch.Generator:
-    """One of its own: else drawing numbers for the data would take some from those of dropout."""
-    return torch.Generator()
