@@ -60,6 +60,9 @@ class Execution:
     grad_cp: bool = False  # gradient checkpointing: blocks are recomputed in the backward pass
 
 
+USUAL = Execution()
+
+
 class WebNames(NamedTuple):
     """How web-rwkv names and lays out a model's tensors, for interop/web_rwkv.py."""
 
@@ -97,7 +100,7 @@ class LanguageModel(nn.Module):
     fingerprint: str = "new"  # what tells the loaded weights from others; see files/models.py
     file_dtype: torch.dtype = torch.bfloat16  # of the file that the model came from, or will become
 
-    def __init__(self, sizes: Any, execution: Execution = Execution()):
+    def __init__(self, sizes: Any, execution: Execution = USUAL):
         super().__init__()
         self.sizes, self.execution = sizes, execution
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -152,12 +153,16 @@ def other_loggers(config: TrainConfig, folder: RunFolder) -> list[Callable[[dict
                 import wandb
 
                 run = wandb.init(project=config.wandb, dir=config.proj_dir, config=json.loads(config.to_json()))
-                loggers.append(lambda values, step, run=run: run.log(values, step=step))  # type: ignore[misc]
+                loggers.append(lambda values, step: run.log(values, step=step))
             else:
                 from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(str(folder / "tensorboard"))
-                loggers.append(lambda values, step: [writer.add_scalar(n, v, step) for n, v in values.items()] and None)
+                loggers.append(partial(add_scalars, SummaryWriter(str(folder / "tensorboard"))))
         except ImportError:  # the community's scripts pass --wandb: no reason not to train
             print(f"warning: --{name}: the package {name} is missing (pip install {name}); logging goes on without", flush=True)
     return loggers
+
+
+def add_scalars(writer: Any, values: dict[str, float], step: int) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
