@@ -124,12 +124,10 @@ def adapt(
             raise UserError(f"--peft {config.peft}, --parts {' '.join(config.parts) or 'as usual'}: {error}") from None
         if engine.world > 1 and not config.dry_run:
             share_start(model, engine)
-    for part in config.train_parts:
-        if part not in model.full_parts:
-            raise UserError(f"--train_parts {part}: unknown; {model.title} has {', '.join(model.full_parts)}")
-        for name, parameter in model.named_parameters():
-            if model.in_part(name, part):
-                parameter.requires_grad_(True)
+    try:
+        model.train_parts(config.train_parts)
+    except UserError as error:
+        raise UserError(f"--train_parts: {error}") from None
     return replace(config, parts=config.parts or model.targets)
 
 
