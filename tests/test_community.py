@@ -403,10 +403,10 @@ def test_the_file_of_initial_values_goes_with_the_adapter_to_start_from():
 
 
 VALUES = [
-    "", "0", "1", "-1", "nan", "inf", "1e400", "[]", "[1,2]", "{", "{}", "x060", "none", "lora", "bone", "pissa", "state", "binidx",
-    "sft", "a" * 4000, "\ud800", "\x00", "train[:10]", "--", "-", "x/y", "\r", " ", "9" * 5000, "att,ffn", "infctx", "wsd", "se", "qa",
-    "40320", "\u00b2", '{"r":[8]}', '{"lora_r":8,"lora_alpha":1e999}', '{"bone_r":64}', '{"init_lora_weights":{"a":1}}',
-    '{"target_modules":[{"a":1}]}', '{"mask0":"a","mask1":"b"}', '{"r":' + "9" * 5000 + "}",
+    "", "0", "1", "-1", "nan", "inf", "1e400", "[]", "[1,2]", "{", "{}", "x060", "none", "lora", "bone", "pissa", "state",
+    "binidx", "sft", "a" * 4000, "\ud800", "\x00", "train[:10]", "--", "-", "x/y", "\r", " ", "9" * 5000, "att,ffn", "infctx",
+    "wsd", "se", "qa", "40320", "\u00b2", '{"r":[8]}', '{"lora_r":8,"lora_alpha":1e999}', '{"bone_r":64}',
+    '{"init_lora_weights":{"a":1}}', '{"target_modules":[{"a":1}]}', '{"mask0":"a","mask1":"b"}', '{"r":' + "9" * 5000 + "}",
 ]  # fmt: skip
 
 
