@@ -1,15 +1,19 @@
 """Command lines of RWKV-PEFT, RWKV-LM and RWKV-Runner mean here what they mean there, and nothing in them is dropped unsaid."""
 
 import importlib.util
+import random
 import re
 import shlex
 
 import pytest
 
-from rwkv_bone.config import TrainConfig
+from rwkv_bone.config import TrainConfig, make_parser
 from rwkv_bone.errors import UserError
-from rwkv_bone.interop.rwkv_peft_flags import HARMLESS
-from rwkv_bone.interop.rwkv_peft_methods import method_from_community
+from rwkv_bone.interop.rwkv_peft_flags import HARMLESS, SIGNS
+from rwkv_bone.interop.rwkv_peft_flags import REFUSED as REFUSED_FLAGS
+from rwkv_bone.interop.rwkv_peft_methods import CONFIGS, method_from_community
+from rwkv_bone.interop.rwkv_peft_methods import LORA as JSON_LORA
+from rwkv_bone.interop.rwkv_peft_methods import PISSA as JSON_PISSA
 from rwkv_bone.models import VERSIONS
 
 # ---------------------------------------------------------------- the JSON of a method
@@ -216,7 +220,10 @@ REFUSED = [
     (f"{BINIDX} {SAME} --LISA --lisa_r 2 --lisa_k 100", "--LISA"),
     (f"{X6} {BINIDX} {SAME} {LORA_PARTS} --quant fp8", "--quant fp8"),
     (f"{X6} {BINIDX} {SAME} {PISSA_PARTS} --quant fp8 --train_parts []", "--quant fp8"),
+    (f"{X6} {BINIDX} {SAME} {LORA_PARTS} --quant fp8 --train_parts []", "--quant fp8"),
+    (f"{X6} {BINIDX} {SAME} {PISSA_PARTS} --quant fp8", "--quant fp8"),
     (f"{X6} {BINIDX} {SAME} {STARTS} --quant fp4", "--quant fp4"),
+    (f"--rwkv_version x060 {PAD} {FALLING} --train_type finetune --fla --accelerator xpu", "--accelerator xpu"),
     (f"{X6} {PAD} {FALLING} {STATE} --fla --accelerator xpu --strategy single_device", "--accelerator xpu"),
     (f"{X6} {PAD} {FALLING} --train_type finetune --fla --accelerator xpu --strategy single", "--accelerator xpu"),
     (f"{BINIDX} {SAME} --my_pile_stage 1 --my_exit_tokens 1498226207 --magic_prime 2926181", "--my_pile_stage 1"),
@@ -393,3 +400,28 @@ def test_rwkv_runners_line_is_taken_with_the_quotes_it_passes():
 def test_the_file_of_initial_values_goes_with_the_adapter_to_start_from():
     words = ["--data_file", "d", "--peft", "pissa", "--pissa_init", "i.pth"]
     assert TrainConfig.from_argv([*words, "--peft_checkpoint", "a.pth"]).peft_init == "i.pth"
+
+
+VALUES = [
+    "", "0", "1", "-1", "nan", "inf", "1e400", "[]", "[1,2]", "{", "{}", "x060", "none", "lora", "bone", "pissa", "state",
+    "binidx", "sft", "a" * 4000, "\ud800", "\x00", "train[:10]", "--", "-", "x/y", "\r", " ", "9" * 5000, "att,ffn", "infctx",
+    "wsd", "se", "qa", "40320", "\u00b2", '{"r":[8]}', '{"lora_r":8,"lora_alpha":1e999}', '{"bone_r":64}',
+    '{"init_lora_weights":{"a":1}}', '{"target_modules":[{"a":1}]}', '{"mask0":"a","mask1":"b"}', '{"r":' + "9" * 5000 + "}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_words_are_a_configuration_or_one_line(seed):
+    draw = random.Random(seed)
+    ours = [flag for flag in make_parser()[0]._option_string_actions if flag not in ("-h", "--help")]
+    names = [*HARMLESS, *REFUSED_FLAGS, *SIGNS, *CONFIGS, *JSON_LORA, *JSON_PISSA, "head_size", "magic_prime"]
+    theirs = [f"--{name}" for name in names]
+    for _ in range(500):
+        words = draw.choice([[], ["--data_file", "d"], ["--data_file", "d", "--my_testing", "x060"]]).copy()
+        for _ in range(draw.randint(1, 6)):
+            flag, values = draw.choice(ours + theirs), draw.choices(VALUES, k=draw.choice([0, 1, 1, 1, 2, 3]))
+            words += [f"{flag}={values[0]}"] if values and draw.random() < 0.15 else [flag, *values]
+        try:
+            TrainConfig.from_argv(words)
+        except UserError as error:
+            assert "\n" not in str(error)

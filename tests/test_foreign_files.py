@@ -86,6 +86,12 @@ def test_a_pissa_without_its_initial_values_asks_for_them_and_never_for_an_alpha
     assert ended.value.code == 2 and not (tmp_path / "o.pth").exists()
 
 
+def test_rwkv_pefts_merging_line_is_taken(world, tmp_path):
+    save_tensors(tmp_path / "l.pth", pairs(world))
+    words = f"--base_model {world}/base.pth --lora_init none --lora_checkpoint {tmp_path}/l.pth --output {tmp_path}/o.pth"
+    assert merge([*words.split(), "--quant", "none", "--type", "lora", "--lora_alpha", "16", "--device", "cpu"]) == 0
+
+
 @pytest.mark.parametrize("column", [False, True], ids=["(out,)", "(out, 1)"])
 def test_lora_m_is_the_magnitude_of_dora(column, world, tmp_path):
     tensors = pairs(world)

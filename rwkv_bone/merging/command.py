@@ -284,7 +284,7 @@ def make_parser() -> Parser:
         help="write an adapter instead: a LoRA (exact where the method is one, else by SVD), or a folder of peft")  # fmt: skip
     add("--rank", type=int, default=0, help="rank of --as lora (default: the adapter's own)")
     add("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA files, which do not say it")
-    add("--lora_init", "--pissa_init", default="", metavar="FILE", help="init_pissa.pth of RWKV-PEFT's PiSSA")
+    add("--lora_init", "--pissa_init", default="", metavar="FILE", help="init_pissa.pth of RWKV-PEFT's PiSSA; none: no such file")
     add("--type", help="RWKV-PEFT's name of the method; the file must hold that")
     add("--quant", choices=("none", *quant.KINDS), default="none",
         help="merge onto the base as training with this --quant saw it (default: none, onto the base itself)")  # fmt: skip
@@ -293,6 +293,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    args.lora_init = "" if args.lora_init == "none" else args.lora_init  # RWKV-PEFT's default
     output = Path(args.output)
     inputs = [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])]
     check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
