@@ -16,7 +16,9 @@ from typing import Any
 
 from ..config import truth
 from ..data.documents import DATA_TYPES, open_documents
-from ..data.jsonl import RowEncoder, Templates, find_files, parse_fields
+from ..data.encode import RowEncoder, parse_fields
+from ..data.files import find_files
+from ..data.templates import Template
 from ..errors import Parser, UserError
 from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
 from ..models.x060 import RWKV
@@ -55,7 +57,7 @@ def add_data_flags(parser: argparse.ArgumentParser, text: str) -> argparse._Argu
     group = parser.add_argument_group("task")
     group.add_argument("--data", "--data_file", required=True, nargs="+", help=text)
     group.add_argument("--fields", default="", metavar="question=problem,...", help="names of the fields in the file")
-    group.add_argument("--template", default="", metavar="F.json", help="template file, as for jsonl_to_binidx")
+    group.add_argument("--template", default="", metavar="world|g1|FILE", help="chat template (default: the one of training)")
     text = "results, a line an item; an interrupted evaluation goes on from there (default: beside the model)"
     group.add_argument("--out", default="", metavar="F.jsonl", help=text)
     group.add_argument("--overwrite", action="store_true", help="forget the results in --out")
@@ -97,24 +99,23 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     if args.shots and not args.shots_data:
         raise UserError(f"--shots {args.shots} needs --shots_data, a file of solved problems (not those of --data)")
     sampling = sampling_of(args)
-    templates = Templates.from_file(args.template) if args.template else Templates()
     fields = {**task.fields, **parse_fields(args.fields)}
-    named = {name for pair in templates.pairs for name in pair.names}
     files = find_files(args.data)
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
-    encoder = RowEncoder(tokenizer, templates, {name: fields[name] for name in fields if name in named})
+    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
+    encoder = RowEncoder(tokenizer, template, fields, loss_mask="all")
     asked = problems.read_problems(task, files, encoder, fields["answer"], args.limit)
     shots = []
     if args.shots:
         shots = problems.read_problems(task, find_files([args.shots_data]), encoder, fields["answer"], args.shots)
         if len(shots) < args.shots:
             raise UserError(f"--shots {args.shots}: {args.shots_data} has only {len(shots)} problems")
-    stop = [*args.stop, *problems.next_turns(templates)]
+    stop = [*args.stop, *template.stops]
     settings = {
         "data": file_hash(files),
         "fields": fields,
-        "template": asdict(templates),
+        "template": template.identity(),
         "shots": [[shot.prompt, shot.solution] for shot in shots],
         "max_tokens": args.max_tokens,
         "stop": stop,
@@ -123,7 +124,7 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     }
     with open_results(args, model, settings) as results:
         with memory_advice("take a smaller --batch_size"):
-            state = problems.read_shots(model, tokenizer, shots, templates.chat.after)
+            state = problems.read_shots(model, tokenizer, shots, template.turn_end)
             options = (sampling, args.max_tokens, stop, args.seed, args.batch_size)
             problems.solve(task, model, tokenizer, asked, results, *options, state=state)
         found = problems.summary(results, {problem.id for problem in asked})
@@ -132,15 +133,15 @@ def evaluate_problems(args: argparse.Namespace) -> None:
 
 
 def evaluate_loss(args: argparse.Namespace) -> None:
-    templates = Templates.from_file(args.template) if args.template else Templates()
     model = open_model(args)
+    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
     try:
         tokenizer = tokenizer_of(args, model)
     except UserError:
         if args.tokenizer != "auto":
             raise
         tokenizer = None  # binidx needs none but for bits per byte; others say that they do
-    of_rows = {"templates": templates, "fields": parse_fields(args.fields), "loss_mask": args.loss_mask}
+    of_rows = {"template": template, "fields": parse_fields(args.fields), "loss_mask": args.loss_mask}
     documents = open_documents(args.data, args.data_type, tokenizer, model.config.vocab_size, **of_rows)
     multiply_fast(model.emb.weight.device.type, args.batch_size * args.chunk_len)
     with open_results(args, model, {"data": loss.identity(documents), "count_end": args.count_end}) as results:

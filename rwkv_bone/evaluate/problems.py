@@ -1,19 +1,19 @@
 """GSM8K and MATH: ask a model every question and count the right answers.
 
-Questions are put as in training (data/jsonl.py: "User: {question}\\n\\nAssistant:", or a template of one's own), after some
+Questions are put as in training (data/templates.py: "User: {question}\\n\\nAssistant:", or a template of one's own), after some
 solved ones if asked for; those are read once, and their state is where every question begins.
 """
 
-import json
 import math
 import operator
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.jsonl import PLACEHOLDER, RowEncoder, Templates, read_lines
+from ..data.encode import RowEncoder
+from ..data.files import read_batches
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate.command import Sampling, completions, read
@@ -48,37 +48,24 @@ class Problem:
 def read_problems(task: Task, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
     """The problems of jsonl files, the first `limit` of them (0: all); `solution` names the field that ends with the answer."""
     problems: list[Problem] = []
-    lines = (line for batch in read_lines(list(paths)) for line in enumerate_lines(batch))
-    for where, line in lines:
-        if not line.strip():
-            continue
+    rows = ((batch.where(number), row) for batch in read_batches(list(paths)) for number, row in batch.rows())
+    for where, row in rows:
         if limit and len(problems) == limit:
             break
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise UserError("wanted an object with a question and a solution")
-            segments = encoder.segments(row)
+            talk = encoder.conversation(row)
             expected = task.answer(str(row.get(solution) or ""))
-            if expected is None or segments is None:
+            if expected is None or talk is None or isinstance(talk, str):
                 raise UserError(f"no question, or no answer in {solution!r}; name the fields by --fields")
-        except (ValueError, RecursionError) as error:
+        except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        prompt = encoder.template.prompt(talk.messages[:-1], talk.tools)
+        whole = "".join(text for text, _ in encoder.template.segments(*talk))
         group = row.get("subject") or row.get("type") or ""
-        problems.append(Problem(len(problems), segments[0][0], "".join(text for text, _ in segments[1:]), expected, str(group)))
+        problems.append(Problem(len(problems), prompt, whole.removeprefix(prompt), expected, str(group)))
     if not problems:
         raise UserError(f"{paths[0]} holds no problem")
     return problems
-
-
-def enumerate_lines(batch) -> Iterable[tuple[str, bytes]]:
-    return ((f"{batch.path}, line {number}", line) for number, line in enumerate(batch.lines, batch.first))
-
-
-def next_turns(templates: Templates) -> list[str]:
-    """The texts with which another turn would begin: an answer is over there."""
-    openings = [templates.chat.markers["user"], *(PLACEHOLDER.split(pair.prompt)[0].rstrip() for pair in templates.pairs)]
-    return [templates.chat.after + opening for opening in dict.fromkeys(openings) if opening]
 
 
 def read_shots(model: RWKV, tokenizer: Tokenizer, shots: Sequence[Problem], between: str) -> State | None:

@@ -24,7 +24,6 @@ import io
 import json
 import math
 import random
-import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.jsonl import Chat, Templates
+from ..data.templates import Template
 from ..data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer
 from ..errors import Parser, UserError, run
 from ..files.adapters import load_adapter
@@ -294,22 +293,20 @@ def generate(model: RWKV, tokenizer: Tokenizer, prompts: Sequence[str | Sequence
 # ---------------------------------------------------------------- chat
 
 
-WORLD_CHAT = Chat()
-
-
 class Conversation:
     """A chat that remembers: the state after all that was said, and the tokens not yet read into it."""
 
-    def __init__(self, model: RWKV, tokenizer: Tokenizer, template: Chat = WORLD_CHAT):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.stop = (template.after + template.markers["user"],)
+    def __init__(self, model: RWKV, tokenizer: Tokenizer, template: Template | None = None, system: str = ""):
+        self.model, self.tokenizer, self.template = model, tokenizer, template or Template.open()
+        self.messages = as_messages("", system)[:-1]
         self.state: State | None = None
         self.unread: list[int] = []
         self.turns = 0
 
     def ask(self, message: str, sampling: Sampling = DEFAULT, max_tokens: int = 1000, seed: int = 0, on_text=None) -> str:
         """The reply to a message. An interrupt (Ctrl-C) ends the reply, and what was said so far counts."""
-        tokens = [*self.unread, *self.tokenizer.encode(user_turn(message, self.template))]
+        self.messages.append({"role": "user", "content": message})
+        tokens = [*self.unread, *self.tokenizer.encode(self.template.turn(self.messages))]
         if len(tokens) > 1:
             _, self.state = read(self.model, [tokens[:-1]], self.state)
         pieces: list[str] = []
@@ -321,42 +318,43 @@ class Conversation:
 
         with contextlib.suppress(KeyboardInterrupt):
             generate(
-                self.model, self.tokenizer, [tokens[-1:]], sampling, max_tokens, self.stop,
+                self.model, self.tokenizer, [tokens[-1:]], sampling, max_tokens, self.template.stops,
                 seed=seed + self.turns, state=self.state, on_text=lambda index, piece: say(index, piece),
             )  # fmt: skip
         self.turns += 1
         reply = "".join(pieces).rstrip()
         # The state stands before the reply, which is read again with the next message: what was sampled may go beyond
         # its end (into "User:"), and is not always how the tokenizer cuts the text.
-        self.unread = [tokens[-1], *self.tokenizer.encode(reply + self.template.after)]
+        self.unread = [tokens[-1], *self.tokenizer.encode(reply + self.template.turn_end)]
+        self.messages.append({"role": "assistant", "content": reply.strip()})
         return reply
 
 
-def user_turn(message: str, template: Chat = WORLD_CHAT) -> str:
-    """A message as the user's turn, up to where the assistant's begins. Blank lines, which end turns, become line ends."""
-    message = re.sub("\n\n+", "\n", message.replace("\r\n", "\n").strip())
-    return template.markers["user"] + template.before + message + template.after + template.markers["assistant"]
+def as_messages(prompt: str, system: str = "", given: str = "") -> list[dict[str, Any]]:
+    """A question as messages, with a system message and an input where there are some."""
+    user = {"role": "user", "content": prompt} | ({"input": given} if given else {})
+    return [{"role": "system", "content": system}, user] if system else [user]
 
 
-def chat(model: RWKV, tokenizer: Tokenizer, template: Chat, sampling: Sampling, max_tokens: int, seed: int) -> None:
+def chat(model: RWKV, tokenizer: Tokenizer, template: Template, sampling: Sampling, max_tokens: int, seed: int, system: str):
     """Talk on the terminal until the input ends."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (lines can be edited and recalled)
         print("/new forgets the conversation, Ctrl-C ends a reply, Ctrl-D ends the chat.\n")
-    conversation = Conversation(model, tokenizer, template)
+    conversation = Conversation(model, tokenizer, template, system)
     while True:
         try:
-            message = input(template.markers["user"] + " ").strip()
+            message = input("User: ").strip()
         except EOFError:
             print()
             return
         if not sys.stdin.isatty():  # from a pipe: no terminal has shown it
             print(message)
         if message == "/new":
-            conversation = Conversation(model, tokenizer, template)
+            conversation = Conversation(model, tokenizer, template, system)
         elif message:
-            print(f"\n{template.markers['assistant']}", end="", flush=True)
+            print("\nAssistant:", end="", flush=True)
             conversation.ask(message, sampling, max_tokens, seed, on_text=lambda piece: print(piece, end="", flush=True))
             print("\n")
 
@@ -388,12 +386,12 @@ def open_model(args: argparse.Namespace) -> RWKV:
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = load_model(args.model, dtype, device)
     told = args.lora_alpha is not None or args.lora_init
-    args.trained_with = None
+    args.trained_with = args.trained_template = None
     if args.peft_checkpoint:
         info = load_adapter(model, args.peft_checkpoint, foreign=Foreign(args.lora_alpha, args.lora_init))
         if told and "foreign" not in info:
             raise UserError(f"{args.peft_checkpoint}: says all of itself; leave --lora_alpha and --lora_init out")
-        args.trained_with = info.get("tokenizer")
+        args.trained_with, args.trained_template = info.get("tokenizer"), info.get("template")
         merge(model)
     elif told:
         raise UserError("--lora_alpha and --lora_init belong to a --peft_checkpoint")
@@ -499,9 +497,11 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     group.add_argument("--prompt_file", default="", help='a prompt a line, or .jsonl with {"prompt": ...} a line')
-    group.add_argument("--instruct", action="store_true", help='make each prompt a question: "User: ...\\n\\nAssistant:"')
+    group.add_argument("--instruct", action="store_true", help="put each prompt as a question, as in training")
     group.add_argument("--chat", action="store_true", help="talk to the model on the terminal")
-    group.add_argument("--template", default="", metavar="F.json", help="template file whose chat markers to use")
+    group.add_argument("--template", default="", metavar="world|g1|FILE", help="chat template (default: the one of training)")
+    group.add_argument("--system", default="", help="system message, with --instruct and --chat")
+    group.add_argument("--input", default="", help="text that the instruction is about, with --instruct (Alpaca's input)")
     group.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default: 1)")
     group.add_argument("--max_tokens", type=int, default=256, help="longest continuation, in tokens (default: 256)")
     group.add_argument("--stop", action="append", default=[], help="text that ends a continuation; may be given several times")
@@ -514,7 +514,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     sampling = sampling_of(args)
-    template = (Templates.from_file(args.template) if args.template else Templates()).chat
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     if args.chat == bool(prompts):
         raise UserError("give --prompt or --prompt_file, or --chat" if not prompts else "--chat takes no prompts")
@@ -522,17 +521,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--samples {args.samples} and --max_tokens {args.max_tokens} must be at least 1")
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
+    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     with memory_advice("take a smaller --batch_size, or --device cpu"):
         if args.chat:
-            chat(model, tokenizer, template, sampling, args.max_tokens, args.seed)
+            chat(model, tokenizer, template, sampling, args.max_tokens, args.seed, args.system)
             return
         asked = [prompt for prompt in prompts for _ in range(args.samples)]
         stop = tuple(args.stop)
         if args.instruct:
-            stop += (template.after + template.markers["user"],)
-        texts = [user_turn(prompt, template) if args.instruct else prompt for prompt in asked]
+            stop += template.stops
+        texts = [template.prompt(as_messages(prompt, args.system, args.input)) if args.instruct else prompt for prompt in asked]
         each = completions(
             model, tokenizer, texts, sampling, args.max_tokens, stop, args.seed, args.batch_size,
             on_text=show if len(asked) == 1 and not args.out else None,

@@ -7,9 +7,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import TrainConfig
-from ..data.documents import Documents, open_documents
-from ..data.jsonl import Templates, parse_fields
+from ..data.documents import Documents, data_of, open_documents
+from ..data.encode import parse_fields
 from ..data.samples import Batches, padded_length
+from ..data.templates import Template
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
 
@@ -58,21 +59,22 @@ class TrainingData:
         self.documents, self.config, self.vocab_size, self.validation = documents, config, vocab_size, validation
         self.samples = len(self.batches().samples)
         self.read_by: Tokenizer | None = None  # what made tokens of the text; None where the data are tokens
+        self.template: Template | None = None  # what made texts of the rows; None where there are none
         if validation is not None:
             self.held_out(0, 1)  # refuses, before the first step, what holds nothing to measure
 
     @classmethod
     def open(cls, config: TrainConfig, vocab_size: int) -> "TrainingData":
         """Open --data_file with the tokenizer it needs; every token is checked against the vocabulary."""
-        jsonl = config.data_type == "jsonl" or (config.data_type == "auto" and ".jsonl" in config.data_file)
-        if not jsonl and (config.fields or config.template or config.format != "auto"):
+        kind = data_of(config.data_file, config.data_type)[1]
+        if kind != "jsonl" and (config.fields or config.template or config.format != "auto"):
             raise UserError(f"--fields, --template and --format are for jsonl, and {config.data_file} is none")
-        text = jsonl or config.data_type == "utf-8" or config.data_file.endswith(".txt")
-        tokenizer = make_tokenizer(config, vocab_size) if text else None
+        tokenizer = make_tokenizer(config, vocab_size) if kind in ("jsonl", "utf-8") else None
+        template = Template.open(config.template or "world")
         options: dict[str, Any] = {
             "loss_mask": "all" if config.loss_mask == "none" else config.loss_mask,
             "fields": parse_fields(config.fields),
-            "templates": Templates.from_file(config.template) if config.template else Templates(),
+            "template": template,
             "format": config.format,
         }
         documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, **options)
@@ -82,7 +84,7 @@ class TrainingData:
         if config.val_split:
             documents, validation = split(documents, config.val_split)
         data = cls(documents, config, vocab_size, validation)
-        data.read_by = tokenizer
+        data.read_by, data.template = tokenizer, template if kind == "jsonl" else None
         return data
 
     def held_out(self, rank: int, world: int) -> Batches:

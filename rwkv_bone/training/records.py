@@ -54,6 +54,7 @@ def adapter_info(module: FineTune, step: int) -> dict[str, Any]:
         },
         **({"quant": config.quant} if config.quant != "none" else {}),
         **({"tokenizer": tokenizer.identity()} if tokenizer else {}),
+        **({"template": module.data.template.identity()} if module.data.template else {}),
     }
 
 
