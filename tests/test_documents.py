@@ -160,10 +160,11 @@ def test_a_folder_a_list_of_texts_and_a_prefix_without_its_ending_are_found(tmp_
 
 def test_json_given_as_text_is_refused_with_the_cure(tmp_path):
     path = write_rows(tmp_path / "x.jsonl")
-    with pytest.raises(UserError, match="holds JSON objects.*give --data_type jsonl"):
+    with pytest.raises(UserError, match=r"holds JSON objects.*give --data_type jsonl"):
         open_documents(path, "utf-8", BYTES)
     path.rename(tmp_path / "x.txt")
-    assert as_lists(open_documents(tmp_path / "x.txt", "jsonl", BYTES)) == as_lists(open_documents(write_rows(path), "jsonl", BYTES))
+    named_txt, named_jsonl = (open_documents(p, "jsonl", BYTES) for p in (tmp_path / "x.txt", write_rows(path)))
+    assert as_lists(named_txt) == as_lists(named_jsonl)
 
 
 def test_documents_survive_pickling_and_binidx_stays_on_disk(tmp_path):

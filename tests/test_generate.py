@@ -345,7 +345,8 @@ def test_an_interrupted_reply_counts_as_far_as_it_came(byte_model):
 
 
 def test_a_template_changes_a_chats_markers(byte_model):
-    source = """{% for m in messages %}{% if m.role == "user" %}Q: {{ m.content }}{{ "\n" }}{% else %}A:{% generation %} {{ m.content }}
+    source = """{% for m in messages %}{% if m.role == "user" %}Q: {{ m.content }}{{ "\n" }}{% else %}A:
+{%- generation %} {{ m.content }}
 {% endgeneration %}{% endif %}{% endfor %}"""
     template = Template("mine", source)
     reply = Conversation(byte_model, BYTES, template).ask("Hi", GREEDY, 8)

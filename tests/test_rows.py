@@ -1,5 +1,6 @@
 """Rows: whatever form they have, the right text is trained, and what is left out, changed or not read is counted by name."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_g1_keeps_an_answers_blank_lines(row, wanted):
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("User: a\n\nAssistant: b\n\nmore\n\nUser: c\n\nAssistant: d", "User: a\n\nAssistant:[ b\n\nmore\n\n]User: c\n\nAssistant:[ d/]"),
+    ("User: a\n\nAssistant: b\n\nmore\n\nUser: c\n\nAssistant: d",
+     "User: a\n\nAssistant:[ b\n\nmore\n\n]User: c\n\nAssistant:[ d/]"),
     ("System: s\n\nUser: a\r\n\r\nAssistant: b\n\n", "System: s\n\nUser: a\r\n\r\nAssistant:[ b\n\n/]"),
     ("\n\nUser: a\n\nAssistant: b\n\nUser: c", "\n\nUser: a\n\nAssistant:[ b\n\n]User: c/"),
     ("Instruction: a\n\nInput: b\n\nResponse: c\n\nAnswer: 5", "Instruction: a\n\nInput: b\n\nResponse:[ c\n\nAnswer: 5/]"),
@@ -227,11 +229,12 @@ def test_many_conversations_at_once_are_what_each_is_by_itself(batch, name):
     assert built_in.render(talks) == by_jinja.render(talks) == [by_jinja.render([talk])[0] for talk in talks]
     for talk, turns in zip(talks, batch):
         found = built_in.segments(*talk)
-        assert not any(a[1] == b[1] for a, b in zip(found, found[1:]))
+        assert not any(a[1] == b[1] for a, b in itertools.pairwise(found))
         assert any(trained for _, trained in found) == any(role == "assistant" for role, _ in turns)
 
 
-@pytest.mark.parametrize("name, with_input", [("world", "Instruction: q\n\nInput: i\n\nResponse:"), ("g1", "User: q\ni\n\nAssistant:")])
+@pytest.mark.parametrize("name, with_input", [
+    ("world", "Instruction: q\n\nInput: i\n\nResponse:"), ("g1", "User: q\ni\n\nAssistant:")])  # fmt: skip
 def test_a_model_is_asked_with_the_text_that_trained_it(name, with_input):
     template, question = Template.open(name), {"role": "user", "content": "q"}
     assert template.prompt([{**question, "input": "i"}]) == with_input
@@ -242,8 +245,8 @@ def test_a_model_is_asked_with_the_text_that_trained_it(name, with_input):
     assert again.source == template.source == pickle.loads(pickle.dumps(template)).source
 
 
-CHATML = ("{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>\n"
-          "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+CHATML = ("{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation %}"
+          "{{ m.content }}<|end|>\n{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>{% endif %}\n")  # fmt: skip
 
 
@@ -268,7 +271,8 @@ def test_a_template_of_ones_own_is_jinja_as_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{% for", "line 1: "), ('{"pairs": []}', "is JSON, an earlier form.*world.jinja"), ("{{ messages.x.y }}{% generation %}{% endgeneration %}", "x"),
+    ("{% for", "line 1: "), ('{"pairs": []}', "is JSON, an earlier form.*world.jinja"),
+    ("{{ messages.x.y }}{% generation %}{% endgeneration %}", "x"),
     ("{% generation %}{{ raise_exception('no tools') }}{% endgeneration %}", "no tools"),
     ("{% generation %}{{ ''.__class__.__mro__ }}{% endgeneration %}", "unsafe"),
 ])  # fmt: skip

@@ -125,7 +125,8 @@ class Progress:
         elif (now := time.monotonic()) - self.shown >= 10:
             self.shown, speed = now, (done - self.before) / (now - self.start)
             left = clock((total - done) / max(speed, 1e-9))
-            print(f"{done / total:.0%}, {documents:,} documents, {speed / 1e6:.1f} MB/s, {left} left", file=self.stream, flush=True)
+            text = f"{done / total:.0%}, {documents:,} documents, {speed / 1e6:.1f} MB/s, {left} left"
+            print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
