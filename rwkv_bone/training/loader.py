@@ -1,5 +1,6 @@
 """From the data room's batches to optimiser steps: which micro batches a step takes, from any step on."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..data.samples import Batches, padded_length
 from ..data.templates import Template
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
+from .show import show_document
 
 
 class Steps(Dataset):
@@ -145,6 +147,9 @@ class TrainingData:
         lines = self.batches(0, world).summary().lines()
         if self.read_by is not None:
             lines.append(f"tokenizer: {self.read_by}")
+        if self.config.dry_run:
+            with contextlib.suppress(UserError):  # tokens, and no tokenizer is known that gave them
+                lines += show_document(self.documents, self.read_by or self.tokenizer())
         steps, all_steps = self.steps_per_epoch(world), self.batches(0, world).sampler.batches_per_epoch
         if steps * self.config.accumulate_grad_batches < all_steps:
             lines.append(f"--epoch_steps {steps} ends each epoch before all of it was seen")
