@@ -48,7 +48,7 @@ def as_tokenizers(world: WorldTokenizer) -> Tokenizer:
     char = {byte: chr(byte) for byte in shown}
     char |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(shown)))}
     vocabulary = {"".join(char[b] for b in entry): i for i, entry in world._entries.items()}
-    before = {entry[i - 1] for entry in world._ids for i in range(1, len(entry)) if entry[i] == 32}
+    before = {entry[i - 1] for entry in world._entries.values() for i in range(1, len(entry)) if entry[i] == 32}
     space, glue = char[32], re.escape("".join(char[b] for b in before))
     model = models.WordPiece(vocabulary, unk_token=char[0], max_input_chars_per_word=1 << 20, continuing_subword_prefix="")
     backend = Tokenizer(model)

@@ -83,9 +83,9 @@ class TrainConfig:
     data_rows: str = flag("", "data", "rows of data_file to use, FIRST:LAST, as in :1000")
     data_shuffle: bool = flag(True, "data", "new order in each epoch")
     tokenizer: str = flag("auto", "data", "for jsonl: auto (by vocabulary size), byte, world, or a tokenizer.json")
-    vocab_file: str = flag("", "data", "World vocabulary file; default: that of the installed pyrwkv-tokenizer or rwkv package")
+    vocab_file: str = flag("", "data", "another vocabulary in the format of World's")
     fields: str = flag("", "data", "for jsonl: names of its fields, as in question=problem,answer=solution")
-    template: str = flag("", "data", "for jsonl: JSON file with templates of your own (rwkv_bone/data/jsonl.py)")
+    template: str = flag("", "data", "for rows: world, g1 or a jinja2 file (rwkv_bone/data/templates.py); default: world")
     format: str = flag("auto", "data", "for jsonl whose rows can be read in two ways: text, messages, question, ...")
     encoding: str = flag("utf-8", "data", "text encoding of the byte tokenizer", choices=("utf-8", "utf-16-le"))
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rwkv_bone.data import documents as module
 from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.data.documents import Documents, open_documents
-from rwkv_bone.data.jsonl import RowEncoder
+from rwkv_bone.data.encode import RowEncoder
+from rwkv_bone.data.files import BEGINNING, Batch
 from rwkv_bone.data.jsonl_to_binidx import convert
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError
@@ -37,10 +38,9 @@ def test_jsonl_and_the_binidx_made_of_it_are_the_same_documents(tmp_path):
     convert(path, tmp_path / "x", RowEncoder(BYTES))
     from_jsonl = open_documents(path, tokenizer=BYTES)
     from_binidx = open_documents(tmp_path / "x", vocab_size=257)
-    assert as_lists(from_jsonl) == as_lists(from_binidx) and len(from_jsonl) == 3 and from_jsonl.skipped == 1
-    for row, (tokens, mask) in zip([ROWS[0], ROWS[1], ROWS[3]], as_lists(from_jsonl)):
-        wanted = RowEncoder(BYTES)(row)
-        assert tokens == wanted[0] and mask == [bool(m) for m in wanted[1] or [1] * len(tokens)]
+    assert as_lists(from_jsonl) == as_lists(from_binidx) and len(from_jsonl) == 3 and from_jsonl.tally.skipped == 1
+    done = RowEncoder(BYTES).encode(Batch("x", "line", 1, ROWS, 0, BEGINNING))
+    assert done.tokens.tolist() == from_jsonl.tokens.tolist() and done.mask.tolist() == from_jsonl.mask.tolist()
     assert from_jsonl.total_tokens == from_binidx.total_tokens == sum(len(tokens) for tokens, _ in as_lists(from_jsonl))
 
 
@@ -122,9 +122,10 @@ def test_opening_checks_the_vocabulary(tmp_path):
     ("none", {}, "cannot read none.idx"),
     ("none.jsonl", {"tokenizer": BYTES}, "none.jsonl: no such file"),
     ("none.npy", {}, "cannot read none.npy"),
-    ("none.txt", {"tokenizer": BYTES}, "cannot read none.txt"),
+    ("none.txt", {"tokenizer": BYTES}, "none.txt: no such file"),
     ("x.jsonl", {}, "jsonl data need a tokenizer"),
     ("x.jsonl", {"data_type": "sft"}, "'sft' is not known; choose from binidx, jsonl"),
+    ("a.txt,b.jsonl", {}, "are of several kinds"),
     ("a,b", {}, "binidx data are one file, not 2"),
     ("x", {"loss_mask": "qa"}, "'qa' is not known"),
 ])  # fmt: skip
@@ -135,7 +136,7 @@ def test_mistakes_are_one_line(data_file, options, message):
 
 def test_empty_files_are_named(tmp_path):
     write_rows(tmp_path / "x.jsonl", [{"text": ""}])
-    with pytest.raises(UserError, match=r"x\.jsonl: no document, 1 empty rows"):
+    with pytest.raises(UserError, match=r"x\.jsonl: no document; left out: 1 empty texts"):
         open_documents(tmp_path / "x.jsonl", tokenizer=BYTES)
     (tmp_path / "x.txt").touch()
     with pytest.raises(UserError, match=r"x\.txt is empty"):
@@ -143,6 +144,27 @@ def test_empty_files_are_named(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"x\.txt: byte 0 is no UTF-8"):
         open_documents(tmp_path / "x.txt", tokenizer=BYTES)
+
+
+def test_a_folder_a_list_of_texts_and_a_prefix_without_its_ending_are_found(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / f"texts/{name}.txt").write_text(name)
+    wanted = [([98, 0], [True] * 2), ([99, 0], [True] * 2)]
+    for data_file in (tmp_path / "texts", f"{tmp_path}/texts/a.txt,{tmp_path}/texts/b.txt", f"{tmp_path}/texts/*.txt"):
+        assert as_lists(open_documents(data_file, tokenizer=BYTES)) == wanted
+    convert(tmp_path / "texts", tmp_path / "made/x_text_document", RowEncoder(BYTES))
+    for data_file in (tmp_path / "made/x", tmp_path / "made", tmp_path / "made/x_text_document.bin"):
+        assert as_lists(open_documents(data_file)) == wanted
+
+
+def test_json_given_as_text_is_refused_with_the_cure(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"holds JSON objects.*give --data_type jsonl"):
+        open_documents(path, "utf-8", BYTES)
+    path.rename(tmp_path / "x.txt")
+    named_txt, named_jsonl = (open_documents(p, "jsonl", BYTES) for p in (tmp_path / "x.txt", write_rows(path)))
+    assert as_lists(named_txt) == as_lists(named_jsonl)
 
 
 def test_documents_survive_pickling_and_binidx_stays_on_disk(tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from rwkv_bone.data.binidx import BinidxWriter
 from rwkv_bone.data.documents import Documents, open_documents
-from rwkv_bone.data.jsonl import RowEncoder, Templates
+from rwkv_bone.data.encode import RowEncoder
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.evaluate import grading, problems
@@ -441,13 +441,12 @@ def test_problems_shown_before_are_read_once_and_change_nothing_else(gsm8k, mode
 
 
 def test_a_template_and_field_names_make_the_questions(model_file, pupil, tmp_path):
-    template, file = tmp_path / "t.json", tmp_path / "d.jsonl"
-    template.write_text(json.dumps({"pairs": [{"prompt": "Q: {question}\nA:", "answer": " {answer}"}]}))
+    template, file = tmp_path / "t.jinja", tmp_path / "d.jsonl"
+    template.write_text("Q: {{ messages[0].content }}\nA:{% generation %} {{ messages[1].content }}{% endgeneration %}")
     file.write_text(json.dumps({"ask": "What is 4?", "tell": "#### 4"}))
     fields = "question=ask,answer=tell"
     evaluate("gsm8k", "--model", model_file, "--data", file, "--template", template, "--fields", fields)
     assert pupil.asked == ["Q: What is 4?\nA:"]
-    assert problems.next_turns(Templates.from_file(template)) == ["\n\nUser:", "\n\nQ:"]
 
 
 # ---------------------------------------------------------------- loss
@@ -608,7 +607,7 @@ def test_bad_input_is_one_line_and_exit_code_2(gsm8k, model_file, capsys, argume
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 2"), ("[]", "line 2: wanted an object"), ('{"question": "a", "answer": "b"}', "line 2: no question, or no")],
+    [("{", "line 2"), ("[]", "line 2: the line is a list"), ('{"question": "a", "answer": "b"}', "line 2: no question, or no")],
 )
 def test_a_broken_problem_is_told_by_its_line(gsm8k, tmp_path, line, message):
     first = gsm8k.read_text().splitlines()[0]

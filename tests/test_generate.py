@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone.data.jsonl import Chat
+from rwkv_bone.data.templates import Template
 from rwkv_bone.data.tokenizer import ByteTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError, run
 from rwkv_bone.evaluate.command import main as evaluate
@@ -345,7 +345,10 @@ def test_an_interrupted_reply_counts_as_far_as_it_came(byte_model):
 
 
 def test_a_template_changes_a_chats_markers(byte_model):
-    template = Chat({"user": "Q:", "assistant": "A:"}, ("assistant",), " ", "\n")
+    source = """{% for m in messages %}{% if m.role == "user" %}Q: {{ m.content }}{{ "\n" }}{% else %}A:
+{%- generation %} {{ m.content }}
+{% endgeneration %}{% endif %}{% endfor %}"""
+    template = Template("mine", source)
     reply = Conversation(byte_model, BYTES, template).ask("Hi", GREEDY, 8)
     assert reply == generate(byte_model, BYTES, ["Q: Hi\nA:"], GREEDY, 8, ("\nQ:",))[0].text.rstrip()
 

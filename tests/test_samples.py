@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_bone.data.documents import Documents
+from rwkv_bone.data.rows import Tally
 from rwkv_bone.data.samples import EMPTY, Batches, BatchSampler, Samples, magic_prime, magic_slots, pack
 from rwkv_bone.errors import UserError
 
@@ -248,11 +249,13 @@ def test_the_summary_for_people():
     mask = np.ones(3 + 90 + 1, np.uint8)
     mask[:3] = 0
     documents = make([3, 90, 1], mask)
-    documents.skipped = 4
+    documents.tally = Tally(rows=7, left_out={"empty answers": [4, "d, line 2"]}, unread={"source": 7})
     lines = Batches(documents, "pad", 64, 2).summary().lines()
     assert lines == [
-        "data: 3 documents, 94 tokens, longest 90; left out 4 empty rows and 1 documents of a single token",
-        "2 samples (--dataload pad), 1 batches a device, padding 48.4%, cut 25 tokens (26.6%)",
+        "data: 3 documents, 94 tokens, longest 90; 1 of them are a single token and left out",
+        "warning: 4 of 7 rows left out: 4 empty answers (first: d, line 2)",
+        "fields not read: source",
+        "2 samples (--dataload pad), 1 batches a device, padding 48.4%, cut 25 tokens of 1 documents (26.6%)",
         "64 tokens trained, 97.0% of the 66 read",
         "1 samples hold no trained token (their answers lie beyond --ctx_len?)",
     ]

@@ -19,6 +19,7 @@ from rwkv_bone.errors import UserError, run
 from rwkv_bone.files.adapters import load_adapter, read_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
+from rwkv_bone.generate import command as generate
 from rwkv_bone.ops import wkv6_cpu
 from rwkv_bone.ops.float32 import onednn_is_right
 from rwkv_bone.plot import read_run
@@ -334,19 +335,38 @@ def test_held_out_data_without_a_trained_token_are_refused_before_the_first_step
 
 def test_fields_and_templates_of_ones_own_are_trained(world, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"frage": "2 + 2?", "antwort": "4", "text": "unused"}) + "\n")
-    (tmp_path / "mine.json").write_text(json.dumps({"pairs": [{"prompt": "Q: {question}\nA:", "answer": " {answer}"}]}))
+    text = "Q: {{ messages[0].content }}\nA:{% generation %} {{ messages[1].content }}{% endgeneration %}"
+    (tmp_path / "mine.jinja").write_text(text)
     names = ["--data_file", tmp_path / "rows.jsonl", "--fields", "question=frage,answer=antwort", "--show_batch"]
     assert main(arguments(world, *names, "--format", "question")) == 0
     assert "User: 2 + 2?\n\nAssistant:[[ 4]]" in capsys.readouterr().out
-    assert main(arguments(world, *names, "--format", "question", "--template", tmp_path / "mine.json")) == 0
+    assert main(arguments(world, *names, "--format", "question", "--template", tmp_path / "mine.jinja")) == 0
     assert "Q: 2 + 2?\nA:[[ 4]]" in capsys.readouterr().out
     with pytest.raises(UserError, match="can be read as text or question; say which by --format"):
         main(arguments(world, *names))
 
 
+@pytest.mark.parametrize("template, asked", [
+    ("world", "System: S\n\nInstruction: Add\n\nInput: 1 1\n\nResponse:"), ("g1", "System: S\n\nUser: Add\n1 1\n\nAssistant:")])
+def test_a_model_is_asked_with_the_template_that_trained_it(world, tmp_path, capsys, monkeypatch, template, asked):
+    row = {"instruction": "Add", "input": "1 1", "output": "2", "system": "S"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--data_file", tmp_path / "rows.jsonl", "--template", template]
+    assert main(arguments(world, *flags, "--ctx_len", 128, "--show_batch")) == 0
+    assert f"{asked}[[ 2]]" in capsys.readouterr().out
+    train(world, *flags, "--ctx_len", 128, name=f"asked-{template}")
+    prompts = []
+    monkeypatch.setattr(generate, "completions", lambda model, tokenizer, texts, *rest, **options: prompts.extend(texts) or [])
+    adapter = str(world / f"asked-{template}" / "rwkv-0.pth")
+    generate.main(["--model", str(world / "base.pth"), "--peft_checkpoint", adapter, "--instruct", "--prompt", "Add", "--input",
+                   "1 1", "--system", "S"])  # fmt: skip
+    assert prompts == [asked]
+
+
 def test_dry_run_prints_and_writes_no_training_file(world):
     out = train(world, "--dry_run", name="dry")
     assert "steps" in out and not list((world / "dry").iterdir())
+    assert "[[0 and 0 is 0. ]]" in out  # the first document, trained in whole
 
 
 def test_training_goes_on_from_an_adapter_with_that_adapters_options(world, finished):

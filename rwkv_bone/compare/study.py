@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
-from ..data.documents import Documents, open_documents
+from ..data.documents import Documents, data_of, open_documents
 from ..data.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..evaluate.loss import identity
@@ -93,7 +93,7 @@ class Study:
         return "\n".join([*lines, f"{done} runs are done, {left} or more are to be done, in {self.out}"])
 
     def open(self, config: TrainConfig, path: str, vocab_size: int) -> Documents:
-        text = config.data_type in ("jsonl", "utf-8") or ".jsonl" in path or path.endswith(".txt")
+        text = data_of(path, config.data_type)[1] in ("jsonl", "utf-8")
         tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding) if text else None
         mask = "all" if config.loss_mask == "none" else config.loss_mask
         return open_documents(path, config.data_type, tokenizer, vocab_size, fields=self.comparison.fields, loss_mask=mask)

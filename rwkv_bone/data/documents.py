@@ -51,7 +51,7 @@ class Documents:
             tally.add(batch.tally)
         batches = [batch for batch in batches if len(batch.sizes)]
         if not batches:
-            raise UserError(f"{files[0]}: no document" + (f"; left out were {tally.reasons()}" if tally.rows else ", it is empty"))
+            raise UserError(f"{files[0]}: no document; {tally.nothing()}")
         mask = None
         if any(batch.mask is not None for batch in batches):
             mask = np.concatenate([np.ones(len(b.tokens), np.uint8) if b.mask is None else b.mask for b in batches])
@@ -119,13 +119,13 @@ def open_documents(
 ) -> Documents:
     """The documents of a data set, its tokens checked against the vocabulary.
 
-    data_file   a binidx prefix; or files of rows (files.py) or text, a list or joined by commas, globs and folders among them; or
-                one .npy file
-    data_type   "binidx", "jsonl" (rows of any kind), "numpy", "utf-8" (text), or "auto": by the ending, binidx where there is none
+    data_file   a binidx prefix; or files of rows (files.py) or text, a list or joined by commas, globs and folders among them;
+                or one .npy file
+    data_type   "binidx", "jsonl" (rows of any kind), "numpy", "utf-8" (text), or "auto": by the ending, else binidx
     tokenizer   for rows and text
     vocab_size  of the model; default: the tokenizer's, else no check
-    options     of RowEncoder, for rows: template, fields, format, loss_mask. loss_mask "all" or "pad" also overrules the mask of a
-                binidx.
+    options     of RowEncoder, for rows: template (a Template), fields, format, loss_mask. loss_mask "all" or "pad" also overrules
+                the mask of a binidx.
     """
     paths, data_type = data_of(data_file, data_type)
     if data_type in ("binidx", "numpy") and len(paths) > 1:

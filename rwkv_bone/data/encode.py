@@ -13,6 +13,7 @@ from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -57,7 +58,11 @@ class RowEncoder:
     def __post_init__(self):
         if self.loss_mask not in LOSS_MASKS:
             raise UserError(f"loss_mask {self.loss_mask!r} is not known; choose from {', '.join(LOSS_MASKS)}")
-        object.__setattr__(self, "reader", RowReader(self.fields, self.format))
+        self.reader  # noqa: B018 (refuses fields that are not known)
+
+    @cached_property
+    def reader(self) -> RowReader:
+        return RowReader(self.fields, self.format)
 
     def conversation(self, row: dict) -> Conversation | str | None:
         """What a row says, a text for a text row; None where there is nothing to train."""
@@ -88,7 +93,9 @@ class RowEncoder:
             raise
 
     def _documents(self, batch: Batch, tally: Tally, items: list, numbers: list[int]) -> Encoded:
-        stretches, trained, counts = [], [], []  # texts of all documents, whether each is trained, and how many a document has
+        stretches: list[str] = []  # of all documents
+        trained: list[bool] = []  # whether each is
+        counts = []  # how many a document has
         talks = [item for item in items if type(item) is not str]
         _refuse_marks(talks)
         if talks and self.loss_mask == "answer" and not self.template.marks:
@@ -99,7 +106,7 @@ class RowEncoder:
             if type(item) is str:
                 cut = turns(item) if self.loss_mask == "answer" and batch.unit != "text" else None
                 tally.turns += cut is not None
-                pieces, flags = zip(*cut or [(item, True)])
+                pieces, flags = map(list, zip(*cut or [(item, True)]))
             else:
                 text = next(rendered)
                 if CHANGED in text:
@@ -108,7 +115,7 @@ class RowEncoder:
                 pieces = text.split(BORDER)  # alternately not trained and trained
                 if not pieces[-1]:
                     del pieces[-1]
-                flags = (False, True) * (len(pieces) // 2) + (False,) * (len(pieces) % 2)
+                flags = [False, True] * (len(pieces) // 2) + [False] * (len(pieces) % 2)
             if self.loss_mask == "answer" and True not in flags:
                 tally.note(tally.left_out, NOTHING_TRAINED, batch.where(number))
                 continue
@@ -135,9 +142,14 @@ class RowEncoder:
 def _refuse_marks(talks: list[Conversation]) -> None:
     """UserError for text that holds halves of surrogate pairs: some of them are the marks of a template."""
     for messages, tools in talks:
-        for value in (tools, *(value for message in messages for value in message.values())):
-            if value is not None and not (type(value) is str and value.isascii()):
-                unicode_bytes(value if type(value) is str else to_json(value))
+        for message in messages:
+            for value in message.values():
+                if type(value) is not str:
+                    unicode_bytes(to_json(value))
+                elif not value.isascii():
+                    unicode_bytes(value)
+        if tools:
+            unicode_bytes(to_json(tools))
 
 
 def encode_files(

@@ -24,7 +24,7 @@ BATCH_BYTES = 1 << 20  # rows travel to the workers in batches of about this siz
 MAX_LINE = 1 << 28  # a longer line is no jsonl but some other file
 BOM = b"\xef\xbb\xbf"
 SPACE = " \t\r\n"
-decoder = json.JSONDecoder()
+scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # (text, place) -> (value, place after it)
 
 
 class Place(NamedTuple):
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
             number = self.first + self.content.count(b"\n", 0, error.start)
             byte = error.start - self.content.rfind(b"\n", 0, error.start) - 1
             raise UserError(f"{self.where(number)}: byte {byte} is no UTF-8; save the file as UTF-8") from None
-        at, number, scan = 0, self.first, decoder.scan_once
+        at, number = 0, self.first
         while at < len(text):
             end = text.find("\n", at)
             end = len(text) if end < 0 else end
@@ -124,7 +124,7 @@ def in_folder(folder: str) -> list[str]:
 
 
 def read_batches(paths: list[str], text: bool = False, start: Place = BEGINNING) -> Generator[Batch, None, None]:
-    """The rows of files from `start` on. text: every file is text, else those named .txt (but JSON under that name is refused)."""
+    """The rows of files from `start` on. text: each file is one text."""
     before = 0
     for number, path in enumerate(paths):
         try:
@@ -133,7 +133,7 @@ def read_batches(paths: list[str], text: bool = False, start: Place = BEGINNING)
                 with open(path, "rb") as raw:
                     stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw)
                     came = Place(number, *(start[1:] if number == start.file else ()))
-                    if text or kind_of_path(path) == "utf-8":
+                    if text:
                         batches = read_text(path, stream, came)
                     elif ending(path) in (".csv", ".tsv"):
                         batches = read_csv(path, stream, came)
@@ -152,12 +152,11 @@ def read_json(path: str, stream: BinaryIO, start: Place) -> Iterator[Batch]:
     head = stream.read(len(BOM))
     skip = len(BOM) if head == BOM else 0
     stream.seek(skip)
-    first, blank = b"\n", 0
+    first, line = b"\n", 0
     while first.isspace():
-        first = stream.readline(MAX_LINE + 1)
-        blank += 1
-    if len(first) > MAX_LINE:
-        raise UserError(f"{path}, line {blank} is longer than {MAX_LINE >> 20} MiB; is this jsonl?")
+        first, line = stream.readline(MAX_LINE + 1), line + 1
+        if len(first) > MAX_LINE:
+            raise too_long(path, line)
     if over_lines(first):
         stream.seek(skip)
         with contextlib.suppress(NotRows):
@@ -169,22 +168,25 @@ def read_json(path: str, stream: BinaryIO, start: Place) -> Iterator[Batch]:
         if not data.endswith(b"\n"):
             data += (rest := stream.readline(MAX_LINE + 1))
             if len(rest) > MAX_LINE:
-                line = number + data.count(b"\n") + 1
-                raise UserError(f"{path}, line {line} is longer than {MAX_LINE >> 20} MiB; is this jsonl?")
+                raise too_long(path, number + data.count(b"\n") + 1)
         lines = data.count(b"\n") + (not data.endswith(b"\n"))
         yield Batch(path, "line", number + 1, data, 0, Place(start.file, stream.tell(), number + lines))
         number += lines
 
 
+def too_long(path: str, line: int) -> UserError:
+    return UserError(f"{path}, line {line} is longer than {MAX_LINE >> 20} MiB; is this jsonl?")
+
+
 def over_lines(first: bytes) -> bool:
-    """Whether JSON whose first line is this does not have an object a line: an array, or an object that goes on."""
+    """Whether JSON whose first line is this does not have a row a line: an array, an object that goes on, or holds the rows."""
     text = first.decode("utf-8", "replace").strip()
     if text.startswith("["):
         return True
     if not text.startswith("{"):
         return False
     try:
-        json.loads(text)
+        return _unwrapped(row := json.loads(text)) != [row]
     except json.JSONDecodeError as error:
         return error.pos >= len(text) or text.endswith(("{", "[", ","))
     except (ValueError, RecursionError):
@@ -209,7 +211,7 @@ def read_values(path: str, data: bytes, start: Place) -> Iterator[Batch]:
     while at < len(text) and not (array and text[at] == "]"):
         number += 1
         try:
-            row, at = decoder.scan_once(text, at)
+            row, at = scan(text, at)
         except (StopIteration, ValueError, RecursionError) as error:
             if number == 1 and not array:
                 raise NotRows from None
@@ -276,7 +278,7 @@ def read_csv(path: str, stream: BinaryIO, start: Place) -> Iterator[Batch]:
                 yield Batch(path, "row", number - len(rows) + 1, rows, 0, Place(start.file, 0, number))
                 rows, size = [], 0
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after row {number}: {error.object[error.start]:#x} is no UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{path}, after row {number}: {error.object[error.start]:#x} is no UTF-8; save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}, row {number + 1}: {error}") from None
     finally:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import Parser, UserError, run
+from ..terminal import clock
 from .binidx import BinidxWriter, prefix_of
 from .documents import data_of
 from .encode import LOSS_MASKS, RowEncoder, encode_files, parse_fields
@@ -96,8 +97,7 @@ def convert(
                 if report:
                     report(batch.read, total, len(writer.sizes))
         if not writer.sizes:
-            left_out = f"left out were {tally.reasons()}" if tally.rows else "it is empty"
-            raise UserError(f"{paths[0]}: no document; {left_out}; nothing is written")
+            raise UserError(f"{paths[0]}: no document; {tally.nothing()}; nothing is written")
     seconds, read = time.perf_counter() - start, total - read_before
     return Summary(len(writer.sizes), writer.total_tokens, max(writer.sizes), writer.trained_tokens, tally, seconds, read)
 
@@ -110,20 +110,27 @@ class Progress:
     """A bar where the stream is a terminal, else a plain line every ten seconds."""
 
     def __init__(self, stream=None):
-        stream = stream or sys.stderr
-        every = {} if stream.isatty() else {"mininterval": 10, "delay": 10, "bar_format": "{desc}: {percentage:.0f}%, {rate_fmt}, "
-                                            "{remaining} left\n"}  # fmt: skip
-        self.bar = tqdm(unit="B", unit_scale=True, file=stream, dynamic_ncols=True, **every)
+        self.stream = stream or sys.stderr
+        self.bar: tqdm | None = None
+        self.shown = self.start = time.monotonic()
+        self.before: int | None = None  # read by an earlier run
 
     def __call__(self, done: int, total: int, documents: int) -> None:
-        if self.bar.total is None:
-            self.bar.reset(total)
-            self.bar.initial = self.bar.n = done  # by an earlier run
-        self.bar.set_description_str(f"{documents:,} documents", refresh=False)
-        self.bar.update(done - self.bar.n)
+        self.before = done if self.before is None else self.before
+        if self.stream.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, file=self.stream, dynamic_ncols=True)
+            self.bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif (now := time.monotonic()) - self.shown >= 10:
+            self.shown, speed = now, (done - self.before) / (now - self.start)
+            left = clock((total - done) / max(speed, 1e-9))
+            text = f"{done / total:.0%}, {documents:,} documents, {speed / 1e6:.1f} MB/s, {left} left"
+            print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def main(argv=None) -> None:

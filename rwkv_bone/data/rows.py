@@ -1,7 +1,7 @@
 """From a row of a file to the messages of a conversation, or to a text; what is left out, changed and not read is counted.
 
-    {"text": ...}                        as it stands. Where it is wholly turns of one kind (User / Assistant, Instruction / Input /
-                                         Response, Question / Answer; System before them), only the answers are trained
+    {"text": ...}                        as it stands. Where it is wholly turns of one kind (User / Assistant, Instruction /
+                                         Input / Response, Question / Answer), only the answers are trained
     {"question": ..., "answer": ...}     one turn: any of QUESTIONS with any of ANSWERS, `input` or `context` beside it
     {"messages": [...]}                  or "conversations"; of {"role", "content"} or {"from", "value"}
 
@@ -20,8 +20,9 @@ from .templates import Message
 
 QUESTIONS = ("question", "prompt", "instruction", "query", "problem", "input")
 ANSWERS = ("answer", "response", "output", "completion", "solution")
-USUAL = {("question", "answer"), ("question", "solution"), ("prompt", "response"), ("prompt", "completion"), ("query", "response"),
-         ("instruction", "output"), ("instruction", "response"), ("problem", "solution"), ("input", "output")}  # fmt: skip
+USUAL = {("question", "answer"), ("question", "solution"), ("prompt", "response"), ("prompt", "completion"),
+         ("query", "response"), ("instruction", "output"),
+         ("instruction", "response"), ("problem", "solution"), ("input", "output")}  # fmt: skip
 OTHER_NAMES = {  # a field of ours -> what it may be called, the first that a row holds
     "messages": ("messages", "conversations", "conversation"),
     "input": ("input", "context"),
@@ -47,9 +48,8 @@ ROLES = {
 READ_OF_MESSAGES = {"role", "from", "content", "value", "tool_calls", "function_call", *OTHER_NAMES["reasoning"],
                     "weight", "tool_call_id", "id"}  # fmt: skip
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-TURNS = tuple(  # blank lines between turns, or else only line ends
-    re.compile(rf"(?:\A\s*|{gap})(System|User|Assistant|Instruction|Input|Response|Question|Answer):") for gap in (r"\n\s*\n", r"\n")
-)
+MARKERS = "(System|User|Assistant|Instruction|Input|Response|Question|Answer):"
+TURNS = tuple(re.compile(rf"(?:\A\s*|{gap}){MARKERS}") for gap in (r"\n\s*\n", r"\n"))  # blank lines, or else only line ends
 FAMILIES = ({"System", "User", "Assistant"}, {"System", "Instruction", "Input", "Response"}, {"System", "Question", "Answer"})
 ANSWERING = {"Assistant", "Response", "Answer"}
 
@@ -94,6 +94,10 @@ class Tally:
         ordered = sorted(self.left_out.items(), key=lambda item: -item[1][0])
         return ", ".join(f"{count:,} {reason} (first: {place})" for reason, (count, place) in ordered)
 
+    def nothing(self) -> str:
+        """Why there is no document."""
+        return f"left out: {self.reasons()}" if self.rows else "it is empty"
+
     def lines(self) -> list[str]:
         """For people."""
         lines = []
@@ -102,7 +106,7 @@ class Tally:
             lines.append(f"{warning}{self.skipped:,} of {self.rows:,} rows left out: {self.reasons()}")
         lines += [f"{counted(count, 'row')} changed: {what} (first: {place})" for what, (count, place) in self.changed.items()]
         if self.turns:
-            lines.append(f"{counted(self.turns, 'text row')} of turns such as User: and Assistant:, only the answers are trained; "
+            lines.append(f"{counted(self.turns, 'text row')} of turns (User: ... Assistant: ...), only the answers are trained; "
                          "--loss_mask all trains everything")  # fmt: skip
         if self.unread:
             counts = (name + (f" ({counted(n, 'row')})" if n < self.rows else "") for name, n in self.unread.items())
@@ -137,11 +141,11 @@ class RowReader:
             raise UserError(f"--fields: there is no field {unknown[0]!r}; fields are {', '.join(sorted(NAMES))}")
         self.fields, self.format = fields, format
         self._plans: dict[tuple[str, ...], Plan] = {}
-        self._role, self._content = ((fields.get(n), *OTHER_NAMES[n]) for n in ("role", "content"))
+        self._role, self._content = ((fields.get(n, n), *OTHER_NAMES[n]) for n in ("role", "content"))
         self._read_of_messages = READ_OF_MESSAGES | set(fields.values())
 
     def __call__(self, row: dict, tally: Tally) -> str | Conversation:
-        """The text of a text row, or a conversation. LeftOut where there is nothing to train; UserError for what cannot be read."""
+        """A text, or a conversation. LeftOut where there is nothing to train; UserError for what cannot be read."""
         keys = tuple([key for key, value in row.items() if value is not None])
         plan = self._plans.get(keys)
         if plan is None:
@@ -212,7 +216,8 @@ class RowReader:
         question, answer = as_text(prompt, plan.question), as_text(completion, plan.answer)
         user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
         if plan.names:
-            given, thought = (as_text(row[plan.names[n]], plan.names[n]) if n in plan.names else "" for n in ("input", "reasoning"))
+            columns = (plan.names.get(name) for name in ("input", "reasoning"))
+            given, thought = (as_text(row[name], name) if name else "" for name in columns)
             if not question.strip():
                 user["content"] = question = given
             elif given.strip():
@@ -293,7 +298,7 @@ class RowReader:
 
     def _extras(self, message: dict, made: Message) -> None:
         if message.get("weight") not in (None, 1):
-            raise UserError(f"weight {message['weight']!r} cannot be used: every answer is trained; remove the message, or the field")
+            raise UserError(f"weight {message['weight']!r} cannot be used: every answer is trained; remove the field")
         for name in OTHER_NAMES["reasoning"]:
             if message.get(name) not in EMPTY:
                 made["reasoning_content"] = as_text(message[name], name)

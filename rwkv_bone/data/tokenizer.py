@@ -13,6 +13,7 @@ import codecs
 import hashlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import UserError
 
@@ -119,14 +120,16 @@ class WorldTokenizer(Tokenizer):
     kind = "world"
 
     def __init__(self, vocab_file=None, vocab_size: int = 65536):
-        from pyrwkv_tokenizer import RWKVTokenizer
-
-        rust = RWKVTokenizer()
-        self.vocab_file, self.vocab_size = os.fspath(vocab_file or rust.vocab_filepath), vocab_size
+        try:
+            import pyrwkv_tokenizer
+        except ImportError:
+            raise UserError("the World vocabulary is not here: pip install pyrwkv-tokenizer") from None
+        its_own = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+        self.vocab_file, self.vocab_size = os.fspath(vocab_file or its_own), vocab_size
         self._entries, digest = _read_vocabulary(self.vocab_file)
-        self._rust = rust.tokenizer if digest == WORLD_SHA256 else None
-        self._ids = {entry: i for i, entry in self._entries.items()}
-        self._longest = max(map(len, self._ids))
+        self._rust = pyrwkv_tokenizer.RWKVTokenizer().tokenizer if digest == WORLD_SHA256 else None
+        self._ids = {} if self._rust else {entry: i for i, entry in self._entries.items()}
+        self._longest = max(map(len, self._entries.values()))
         _check_top(max(self._entries), vocab_size, self.vocab_file)
 
     def __str__(self) -> str:
@@ -138,9 +141,10 @@ class WorldTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._rust:
             try:
-                return self._rust.encode_batch(texts if isinstance(texts, list) else list(texts))
+                return self._rust.encode_batch(list(texts))
             except UnicodeEncodeError:
-                pass  # told below, in our words
+                for text in texts:
+                    self._bytes(text)  # raises, in our words
         return [self._encode_slowly(self._bytes(text)) for text in texts]
 
     def _encode_slowly(self, data: bytes) -> list[int]:
@@ -260,7 +264,10 @@ def _read_vocabulary(path: str) -> tuple[dict[int, bytes], str]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is no World vocabulary: it is not UTF-8 text") from None
     try:
-        literals = ast.literal_eval("[" + ",".join(line[line.index(" ") : line.rindex(" ")] for line in lines) + "]")
+        literals: list = []
+        for lo in range(0, len(lines), 4096):  # in parts: a syntax tree takes some hundred times the text's memory
+            part = (line[line.index(" ") : line.rindex(" ")] for line in lines[lo : lo + 4096])
+            literals += ast.literal_eval("[" + ",".join(part) + "]")
         if len(literals) != len(lines):
             raise ValueError
         entries = {int(line[: line.index(" ")]): _entry(x, line) for line, x in zip(lines, literals)}

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..data.documents import Documents, open_documents
+from ..data.documents import Documents, data_of, open_documents
 from ..data.encode import parse_fields
 from ..data.marks import between_marks
 from ..data.samples import ROUND, BatchSampler, Samples, collate, padded_length, summary_of
@@ -15,6 +15,7 @@ from ..data.templates import Template
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
 from ..models import LanguageModel
+from .show import show_document
 
 Micro = dict[str, Tensor]
 
@@ -42,15 +43,8 @@ def rows_of(documents: Documents, rows: str) -> Documents:
     return chosen
 
 
-def tokens_of(text: str, tokenizer: Tokenizer | None, why_none: str) -> list[int]:
-    if tokenizer is None:
-        raise UserError(why_none)
-    return tokenizer.encode(text)
-
-
-def marked(documents: Documents, marks: list[list[int]]) -> np.ndarray:
-    """The mask of documents that are trained from the first mark up to the second."""
-    begin, end = marks
+def marked(documents: Documents, begin: list[int], end: list[int]) -> np.ndarray:
+    """The mask of documents that are trained from one mark's tokens up to the other's."""
     mask = np.zeros(len(documents.tokens), np.uint8)
     for start, size in zip(documents.starts, documents.sizes):
         mask[start : start + size] = between_marks(documents.tokens[start : start + size], begin, end)
@@ -83,7 +77,8 @@ class TrainingData:
         self.round_to = ROUND
         self.shuffle = config.data_shuffle
         self.tokenizer: Tokenizer | None = None  # that the data are in; None: not known
-        self.template: Template | None = None  # that made text of the rows
+        self.read_text = False  # whether it made tokens of text
+        self.template: Template | None = None  # that made text of the rows; None where there are none
         self.documents: Documents | None = None
         self.lines: list[str] = []  # more that `describe` says
         self.cure = "give other data"
@@ -115,14 +110,17 @@ class TrainingData:
         if config.dataload == "pack" and (why := model.cannot("pack")):
             raise UserError(f"--dataload pack: {why}; use --dataload pad")
         vocab_size = model.sizes.vocab_size
+        kind = data_of(config.data_file, config.data_type)[1]
+        if kind != "jsonl" and (config.fields or config.template or config.format != "auto"):
+            raise UserError(f"--fields, --template and --format are for rows, and {config.data_file} is {kind}")
         template = Template.open(config.template or model.template)
-        tokenizer, why_none = None, ""
+        tokenizer: Tokenizer | None = None
+        needed = kind in ("jsonl", "utf-8") or config.loss_mask == "marked"
         try:
             tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
-        except UserError as error:
-            if config.tokenizer != "auto":
+        except UserError:
+            if needed or config.tokenizer != "auto":
                 raise
-            why_none = str(error)
         options: dict[str, Any] = {
             "loss_mask": "all" if config.loss_mask in ("none", "marked") else config.loss_mask,
             "fields": parse_fields(config.fields),
@@ -131,22 +129,21 @@ class TrainingData:
         }
 
         def opened(path: str) -> Documents:
-            try:
-                return open_documents(path, config.data_type, tokenizer, vocab_size, **options)
-            except UserError as error:
-                raise UserError(why_none) from None if why_none and "need a tokenizer" in str(error) else error
+            documents = open_documents(path, config.data_type, tokenizer, vocab_size, **options)
+            if config.loss_mask == "marked":
+                assert tokenizer is not None
+                documents.mask = marked(documents, *map(tokenizer.encode, config.loss_marks))
+            return documents
 
         documents = opened(config.data_file)
         if config.data_rows:
             documents = rows_of(documents, config.data_rows)
         validation = opened(config.val_file) if config.val_file else None
-        if config.loss_mask == "marked":
-            for found in filter(None, (documents, validation)):
-                found.mask = marked(found, [tokens_of(mark, tokenizer, why_none) for mark in config.loss_marks])
         if config.val_split:
             documents, validation = split(documents, config.val_split)
         data = cls.of_documents(documents, config, validation)
-        data.tokenizer, data.template = tokenizer, template
+        data.tokenizer, data.read_text = tokenizer, needed
+        data.template = template if kind == "jsonl" else None
         return data
 
     # ------------------------------------------------ steps
@@ -232,8 +229,10 @@ class TrainingData:
         lines = []
         if self.documents is not None:
             lines += summary_of(self.samples, self.epochs(0, world).sampler, self.round_to).lines()
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.read_text:
             lines.append(f"tokenizer: {self.tokenizer}")
+        if self.config.dry_run and self.documents is not None and self.tokenizer is not None:
+            lines += show_document(self.documents, self.tokenizer)
         if unseen := self.unseen(world):
             lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends before {unseen:,} samples were seen")
         return lines + self.lines

@@ -153,7 +153,7 @@ def adapter_info(model: LanguageModel, data: Any, config: TrainConfig, step: int
             "sizes": dataclasses.asdict(model.sizes),
         },
         **({"quant": config.quant} if config.quant != "none" else {}),
-        **({"tokenizer": data.tokenizer.identity()} if data.tokenizer else {}),
+        **({"tokenizer": data.tokenizer.identity()} if data.tokenizer and data.read_text else {}),
         **({"template": data.template.identity()} if data.template else {}),
     }
 
