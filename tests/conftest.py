@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.models.x060 import RWKV6, RWKV6Sizes
 
 hypothesis.settings.register_profile("ours", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("ours")
@@ -38,10 +38,10 @@ def tiny(data) -> Path:
     return data / "tiny-rwkv6-1m.pth"
 
 
-def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes) -> RWKV:
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes) -> RWKV6:
     """A new model in which no parameter is zero, so that every path counts."""
     sizes = {"vocab_size": 50, "n_layer": 2, "n_embd": 24, "dim_att": 16, "dim_ffn": 40, "head_size": 8, **sizes}
-    model = RWKV(ModelConfig(d_mix_lora=4, d_decay_lora=6, **sizes)).initialise(seed).to(dtype)
+    model = RWKV6(RWKV6Sizes(d_mix_lora=4, d_decay_lora=6, **sizes)).initialise(seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
