@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models import USUAL, Execution, LanguageModel, recognise
+from ..interop.web_rwkv import from_web
+from ..models import MODELS, USUAL, Execution, LanguageModel, recognise
 from .pth import FLOATS, open_tensors
 from .safetensors import is_safetensors
 
@@ -28,7 +30,7 @@ class Opened(NamedTuple):
 
 def open_model(path: str | Path) -> Opened:
     """The model in a file; UserError unless it is one of those in the registry, whole."""
-    tensors = open_tensors(path)
+    tensors = file_tensors(path)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: {name} is {tensor.dtype}; wanted bfloat16, float16 or float32")
@@ -40,8 +42,15 @@ def open_model(path: str | Path) -> Opened:
     named = {kind.parameter_name(name): tensor for name, tensor in tensors.items()}
     sizes = kind.sizes_of(named, str(path))
     if is_safetensors(path):  # sorted by name there; other programs want the order of a .pth
-        tensors = {name: named[name] for name in kind.shapes(sizes)}
+        theirs = {kind.parameter_name(name): name for name in tensors}
+        tensors = {theirs[name]: named[name] for name in kind.shapes(sizes)}
     return Opened(kind, sizes, tensors)
+
+
+def file_tensors(path: str | Path) -> dict[str, Tensor]:
+    """A file's tensors, mapped, with web-rwkv's names and layout undone."""
+    tensors = open_tensors(path)
+    return from_web(tensors, MODELS.values()) if is_safetensors(path) else tensors
 
 
 def load_model(
@@ -62,6 +71,12 @@ def load_model(
     placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in opened.parameters().items()}
     model.load_state_dict(placed, strict=True, assign=True)
     return model
+
+
+def identity(path: str | Path, model: LanguageModel) -> dict[str, Any]:
+    """What an adapter's record says of its base, which was read from `path`."""
+    sizes = asdict(model.sizes)
+    return {"file": Path(path).name, "fingerprint": model.fingerprint, "version": model.version, "sizes": sizes}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

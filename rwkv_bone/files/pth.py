@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..interop.web_rwkv import from_web
 from .atomic import atomic
 from .safetensors import as_bytes, is_safetensors, open_safetensors
 
@@ -25,12 +24,12 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a flat `.pth`, memory-mapped (copy on write): nothing is read until it is used.
 
-    A safetensors file does as well; web-rwkv's names and shapes become those of a `.pth`.
+    A safetensors file does as well.
     """
     check_file(path)
     try:
         if is_safetensors(path):
-            return from_web(open_safetensors(path)[0])
+            return open_safetensors(path)[0]
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not a .pth of tensors (torch 1.6 or later), or cut short")
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

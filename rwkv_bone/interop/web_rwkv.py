@@ -1,41 +1,45 @@
-"""RWKV-6 as web-rwkv (Ai00, RWKV-Runner's WebGPU mode) reads it: a safetensors file of float16, with two other names, and the
-matrices of the two small LoRAs transposed. Source: cryscan/web-rwkv-converter, whose rules these are.
+"""Models and states as web-rwkv (Ai00, RWKV-Runner's WebGPU mode) reads them: a safetensors file of float16 with some names and
+layouts of its own, which a model states as its `web_names`. Source: web-rwkv's converters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-RENAMED = {"time_faaaa": "time_first", "time_maa": "time_mix"}
-TRANSPOSED = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
+from ..models.base import LanguageModel, WebNames
+
+DTYPE = torch.float16  # the only one that it loads
 
 
-def web_name(name: str) -> str:
-    for ours, theirs in RENAMED.items():
+def web_name(names: WebNames, name: str) -> str:
+    for ours, theirs in names.renamed.items():
         name = name.replace(ours, theirs)
     return name
 
 
-def web_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-2]) if name.endswith(TRANSPOSED) else shape
+def web_shape(names: WebNames, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`name` is the one here."""
+    return (*shape[:-2], shape[-1], shape[-2]) if name.endswith(names.transposed) else shape
 
 
-def web_tensor(name: str, tensor: Tensor) -> Tensor:
-    """`name` is that of the .pth."""
-    return tensor.transpose(-1, -2) if name.endswith(TRANSPOSED) else tensor
+def web_tensor(names: WebNames, name: str, tensor: Tensor) -> Tensor:
+    return tensor.transpose(-1, -2) if name.endswith(names.transposed) and tensor.dim() >= 2 else tensor
 
 
-def from_web(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names and in the shapes of a .pth. A file that has the .pth's names already is left as it is."""
-    if any("time_maa" in name for name in tensors):
-        return dict(tensors)
-    renamed = {}
-    for name, tensor in tensors.items():
-        for ours, theirs in RENAMED.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = web_tensor(name, tensor) if tensor.dim() >= 2 else tensor
-    return renamed
+def from_web(tensors: Mapping[str, Tensor], kinds: Iterable[type[LanguageModel]]) -> dict[str, Tensor]:
+    """A safetensors file's tensors under the names and in the layout of a `.pth`, if they are web-rwkv's of one of those models.
 
-
-DTYPE = torch.float16  # the only one that it loads
+    A file that has a `.pth`'s names where web-rwkv's are others is left as it is.
+    """
+    for kind in kinds:
+        if (names := kind.web_names) is None:
+            continue
+        found = {}
+        for name, tensor in tensors.items():
+            for ours, theirs in names.renamed.items():
+                name = name.replace(theirs, ours)
+            found[name] = web_tensor(names, name, tensor)
+        if kind.recognises(found) and not (names.renamed and kind.recognises(tensors)):
+            return found
+    return dict(tensors)

@@ -166,7 +166,7 @@ class RWKV6(RWKV):
     Sizes, Block = RWKV6Sizes, Block
     web_names = WebNames(
         renamed={"time_faaaa": "time_first", "time_maa": "time_mix"},
-        transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"),
+        transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state"),
     )
 
     @classmethod

@@ -1,0 +1,103 @@
+"""What a merge is written as: a model's file, or an adapter alone as a LoRA, a folder of peft or a file of initial states."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files.adapters import save_adapter
+from ..files.atomic import atomic
+from ..files.models import identity
+from ..files.pth import Layout, write_pth
+from ..files.safetensors import write_safetensors
+from ..interop import hf_peft as hf
+from ..interop import web_rwkv
+from ..models.base import WebNames
+from ..terminal import Progress
+from .as_lora import as_lora
+from .merge import Merge, converted, ratio
+
+FORMATS = ("pth", "safetensors")
+
+
+def web_names(job: Merge) -> WebNames:
+    if job.kind.web_names is None:
+        raise UserError(f"--format safetensors is web-rwkv's, which has no {job.kind.title}; write a .pth")
+    return job.kind.web_names
+
+
+def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Tensors under the names of a .pth, as one of `FORMATS`."""
+    if format == "pth":
+        write_pth(path, layout, tensors)
+        return
+    web = web_names(job)
+    theirs = {web_rwkv.web_name(web, name): (dtype, web_rwkv.web_shape(web, name, shape)) for name, (dtype, shape) in layout.items()}
+    with atomic(path) as file:
+        write_safetensors(file, theirs, ((web_rwkv.web_name(web, name), web_rwkv.web_tensor(web, name, t)) for name, t in tensors))
+
+
+def write_model(job: Merge, path: Path, format: str) -> None:
+    def shown() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        with Progress(job.size, unit="B", label="merging", leave=False) as progress:
+            for name, tensor in job.tensors():
+                yield name, tensor
+                done += tensor.nbytes
+                progress.update(done)
+
+    write_tensors(job, path, format, job.layout, shown())
+
+
+def write_lora(job: Merge, output: Path, rank: int) -> str:
+    """Write the job's adapter as a LoRA; return what was lost."""
+    adapter = job.adapters[0]
+    tensors, rank, sizes = as_lora(adapter, job.base, rank, job.options.device)
+    base = identity(job.base_path, job.model)
+    info = {"method": "lora", "options": {"r": rank, "alpha": float(rank)}, "base": base, "made_from": adapter.path.name}
+    info |= {key: adapter.info[key] for key in ("tokenizer", "quant") if key in adapter.info}
+    save_adapter(output, tensors, info)
+    parts: dict[str, list[float]] = {}
+    for name, (update, missing) in sizes.items():
+        squares = parts.setdefault(job.model.part_of(f"{name}.weight"), [0.0, 0.0])
+        squares[0] += update**2
+        squares[1] += missing**2
+    lines = [f"written    {output}: LoRA, r = alpha = {rank}, {len(sizes)} projections", f"           {'part':16} missing"]
+    parts["all"] = [sum(column) for column in zip(*parts.values())]
+    lines += [f"           {part:16} {ratio(missing, update):.3%}" for part, (update, missing) in parts.items()]
+    return "\n".join([*lines, "           missing: size of what the LoRA lacks of the update, relative to the update's"])
+
+
+def write_peft(job: Merge, output: Path) -> str:
+    adapter = job.adapters[0]
+    hf.write_folder(output, adapter.tensors, adapter.info)
+    return f"written    {output}: {adapter.info['method']} as a folder of peft, {len(adapter.layers)} projections"
+
+
+@torch.no_grad()
+def write_state(job: Merge, output: Path, format: str) -> str:
+    """Write the merged model's initial state alone: under its names in the model, for programs that keep states in files."""
+    if not job.initial_state:
+        source = job.adapters[0].path if job.adapters else job.base_path
+        raise UserError(f"{source}: holds no trained initial state; --as state is for what --train_type state trained")
+    tensors = {}
+    for name, (dtype, shape) in job.layout.items():
+        parameter = job.parameter[name]
+        if job.kind.is_initial_state(parameter):
+            tensor, source = job.start(parameter, shape), job.base_path
+            for adapter in job.adapters:
+                if adapter.changes(parameter):
+                    tensor, source = adapter.merged(parameter, tensor), adapter.path
+            tensors[name] = converted(tensor, dtype, name, source)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(job, output, format, layout, tensors.items())
+    readers = "web-rwkv, Ai00 and RWKV-Runner's WebGPU mode" if format == "safetensors" else "RWKV-Runner, and what uses the rwkv package"
+    return f"written    {output}: initial states of {len(tensors)} layers, for {readers}"
+
+
+STATE_INSIDE = """\
+note       the written model holds a trained initial state. This program and the rwkv package (RWKV-6) begin from it; web-rwkv, Ai00
+           and the rwkv package (RWKV-7) pass over it; rwkv.cpp cannot load the file. --as state writes the state alone, for
+           programs that take it beside the base: --output state.pth (RWKV-Runner) or state.st (web-rwkv, Ai00)"""
