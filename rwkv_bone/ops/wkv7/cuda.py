@@ -76,9 +76,7 @@ def forward(
         saved = _float32(r, *(saved_shape(r, kernel) if save else (0,)))
         assert saved.nbytes in (0, lib.wkv7_chunk_checkpoint_bytes(B, T, H))
         inputs = map(_aligned, inputs)
-        run(
-            lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H, *inputs, y, final_state, saved if save else None
-        )
+        run(lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H, *inputs, y, final_state, saved if save else None)
     else:
         saved = _float32(r, 0) if not save else r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
         sizes = (DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N)
