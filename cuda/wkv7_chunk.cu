@@ -53,8 +53,10 @@ constexpr int GROUP = WARPS;  // chunks
 
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 #define FORWARD_BLOCKS 1
+#define BACKWARD_BLOCKS 1
 #else
 #define FORWARD_BLOCKS 4
+#define BACKWARD_BLOCKS 2
 #endif
 
 struct Shape {
@@ -211,7 +213,8 @@ struct alignas(16) Matrices {
   union {
     float square[L][L];     // Aab, then M, on the way
     float4 inverse[2][32];  // the halves of M, or of M^T for the backward pass, in tf32, as the lanes hold them
-  };
+    unsigned char ab[BLOCK_BYTES];
+  };  // in the end of the backward pass: the gradients of the four
 };
 template <class W>
 using LogWSlices = unsigned char[4][slice_bytes<W>];
@@ -445,6 +448,238 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
   if (final_state) write_state(final_state, S, warp, lane);
 }
 
+// ---- backward
+
+template <class W>
+struct alignas(16) BackwardShared {
+  struct alignas(16) Chunk {
+    Factors factors;
+    Matrices matrices;
+    unsigned char gy[4][BLOCK_BYTES];  // slices
+    LogWSlices<W> log_w;
+  } chunk[GROUP];
+  Checkpoint checkpoint;
+  unsigned char G[4][4][BLOCK_BYTES];                                                // [value, key], tiled, by values first
+  unsigned char dP[4][BLOCK_BYTES];                                                  // [value, token], tiled
+  unsigned char out[WARPS][BLOCK_BYTES];
+};
+// A block of threads may have 99 KB on sm_86, 89 and 120.
+static_assert(sizeof(BackwardShared<float>) <= 99 * 1024, "the backward kernel's shared memory");
+
+// Sums over the tokens (rows) from each on, in place.
+DEVICE void sum_from_each(Tile& t, int lane) {
+  const int row = row_of(lane);
+#pragma unroll
+  for (Half& half : t.half) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float& x = half.c[i];
+#pragma unroll
+      for (int rows = 1; rows <= 4; rows *= 2) {
+        const float later = __shfl_down_sync(0xffffffffu, x, 4 * rows);
+        x += row + rows < 8 ? later : 0.f;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) half.c[e] += __shfl_sync(0xffffffffu, half.c[2 + e], lane % 4);
+  }
+}
+// The sum over all tokens, of column 8 n + col + e, in every lane.
+DEVICE float sum_of_column(const Tile& t, int n, int e) {
+  float x = t.half[n].c[e] + t.half[n].c[2 + e];
+#pragma unroll
+  for (int bit = 4; bit <= 16; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
+  return x;
+}
+
+DEVICE void write_tile(bf16* to, const Tile& t, unsigned stride, int tokens, unsigned char* scratch, int lane) {
+  __syncwarp();
+  write_slice(to, rounded(t), stride, tokens, scratch, lane);
+}
+DEVICE void write_tile(float* to, const Tile& t, unsigned stride, int tokens, unsigned char*, int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; n++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      if (row_of(lane) + 8 * h < tokens)
+        *reinterpret_cast<float2*>(to + int64_t(row_of(lane) + 8 * h) * stride + 8 * n + col_of(lane)) =
+            make_float2(t.half[n].c[2 * h], t.half[n].c[2 * h + 1]);
+}
+
+template <class W>
+struct Gradients {
+  bf16 *r, *k, *v, *a, *b;
+  W* log_w;
+};
+
+// g_final and g_state may be null.
+template <class W>
+__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
+    chunk_backward(Shape shape, Tensors<W> in, const Checkpoint* checkpoints, const bf16* gy, const float* g_final,
+                   Gradients<W> out, float* g_state) {
+  DYNAMIC_SHARED(memory);
+  BackwardShared<W>& shared = *reinterpret_cast<BackwardShared<W>*>(memory);
+  const int warp = warp_index(), lane = threadIdx.x % 32;
+  const int chunks = shape.chunks();
+  const unsigned stride = shape.stride();
+
+  Tile G[4];
+  read_state(G, g_final, warp, lane);
+  auto copy_checkpoint = [&](int chunk) {
+    if (chunk >= 0) {
+      const unsigned char* const from = reinterpret_cast<const unsigned char*>(checkpoints + int64_t(blockIdx.x) * chunks + chunk);
+      unsigned char* const to = reinterpret_cast<unsigned char*>(&shared.checkpoint);
+#pragma unroll
+      for (int i = 0; i < int(sizeof(Checkpoint)) / 16 / THREADS; i++) {
+        const int at = 16 * (threadIdx.x + i * THREADS);
+        cp_async_16(to + at, from + at);
+      }
+    }
+    cp_async_commit();
+  };
+  copy_checkpoint(chunks - 1);
+
+  for (int group = (chunks - 1) / GROUP * GROUP; group >= 0; group -= GROUP) {
+    if (group + warp < chunks) {
+      auto& mine = shared.chunk[warp];
+      copy_chunk(shape, in, group + warp, mine.factors, mine.log_w, lane);
+#pragma unroll
+      for (int q = 0; q < 4; q++)
+        copy_slice(mine.gy[q], gy + shape.start() + int64_t(group + warp) * L * stride + 16 * q, stride,
+                   shape.T - (group + warp) * L, lane);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncwarp();
+      prepare<W, true>(mine.factors, mine.log_w, mine.matrices, lane);
+    }
+    __syncthreads();
+
+    for (int i = min(GROUP, chunks - group) - 1; i >= 0; i--) {
+      auto& now = shared.chunk[i];
+      const Factors& factors = now.factors;
+      const Resets resets{factors.resets};
+      const int chunk = group + i, tokens = shape.T - chunk * L;
+      const int64_t here = shape.start() + int64_t(chunk) * L * stride + 16 * warp;
+      unsigned char* const scratch = shared.out[warp];
+
+      // the warp's values: dP, gV and G
+      {
+        Tile dU{}, gV{};  // [value, token], [token, value]
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+          decay(G[q], factors.D, q, lane);
+          const Block G_q = rounded(G[q]);
+          store_block(shared.G[warp][q], G_q, lane);
+          add_product(dU, G_q, load_block<SECOND>(factors.b[q], lane));
+          add_product(gV, load_block<FIRST>(factors.k[q], lane), G_q);
+        }
+        if (resets.bits) {
+          const int last = resets.last();
+          for_each(dU, lane, [&](float& x, int, int t) { x = t >= last ? x : 0.f; });
+          for_each(gV, lane, [&](float& x, int t, int) { x = t >= last ? x : 0.f; });
+        }
+        Block gY = load_slice_transposed<FIRST>(now.gy[warp], lane);  // [value, token]
+        add_product(dU, gY, load_transposed<SECOND>(now.matrices.rb, lane));
+        Block dP = rounded(product_tf32(dU, load_inverse(now.matrices, lane)));  // [value, token]
+        store_block(shared.dP[warp], dP, lane);
+        add_product(gV, load_transposed<FIRST>(now.matrices.rk, lane), gY);
+        add_product(gV, load_transposed<FIRST>(now.matrices.ak, lane), dP);
+        write_tile(out.v + here, gV, stride, tokens, scratch, lane);
+        if (resets.bits) {
+          gY = kept_columns(gY, lane, [&](int t) { return resets.reached(t); });
+          dP = kept_columns(dP, lane, [&](int t) { return resets.reached(t); });
+#pragma unroll
+          for (Tile& t : G) t = Tile{};
+        }
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+          add_product(G[q], gY, load_transposed<SECOND>(factors.r[q], lane));
+          add_product(G[q], dP, load_transposed<SECOND>(factors.a[q], lane));
+        }
+      }
+      cp_async_wait<0>();
+      __syncthreads();
+
+      // the warp's keys. First all that sums over values: the part through the states, the diagonal of S^T G, and one of the
+      // gradients of the four matrices.
+      Tile d_r{}, d_a{}, d_k{}, d_b{}, S_G{}, d_matrix{};
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const Block gY = load_slice<FIRST>(now.gy[q], lane), V = load_slice<FIRST>(factors.v[q], lane),
+                    dP = load_transposed<FIRST>(shared.dP[q], lane), U = load_transposed<FIRST>(shared.checkpoint.U[q], lane);
+        const Block S = load_transposed<SECOND>(shared.checkpoint.state[q][warp], lane),
+                    G_q = load_transposed<SECOND>(shared.G[q][warp], lane);  // [key, value]
+        add_product(d_r, gY, S);
+        add_product(d_a, dP, S);
+        add_product(d_k, V, G_q);
+        add_product(d_b, U, G_q);
+        add_product(S_G, S, G_q);
+        if (warp == 0) add_product(d_matrix, gY, V);
+        else if (warp == 1) add_product(d_matrix, gY, U);
+        else if (warp == 2) add_product(d_matrix, dP, V);
+        else add_product(d_matrix, dP, U);
+      }
+      const int begin[2] = {resets.before(row_of(lane)), resets.before(row_of(lane) + 8)};
+      const bool with_itself = warp < 2;  // dArk and dArb have a diagonal
+      for_each(d_matrix, lane, [&](float& x, int t, int s) { x = (s < t || (with_itself && s == t)) && s >= begin[t / 8] ? x : 0.f; });
+      Matrices& d = now.matrices;  // which nobody needs any more
+      store_block(warp == 0 ? d.rk : warp == 1 ? d.rb : warp == 2 ? d.ak : d.ab, rounded(d_matrix), lane);
+      if (resets.bits) {
+        const int last = resets.last();
+        auto first = [&](float& x, int t, int) { x = resets.reached(t) ? x : 0.f; };
+        for_each(d_r, lane, first);
+        for_each(d_a, lane, first);
+        auto from_last = [&](float& x, int t, int) { x = t >= last ? x : 0.f; };
+        for_each(d_k, lane, from_last);
+        for_each(d_b, lane, from_last);
+      }
+      __syncthreads();
+      copy_checkpoint(chunk - 1);
+
+      const Tile Rt = floats(load_block<FIRST>(factors.r[warp], lane)), At = floats(load_block<FIRST>(factors.a[warp], lane)),
+                 Ki = floats(load_block<FIRST>(factors.k[warp], lane)), Bi = floats(load_block<FIRST>(factors.b[warp], lane));
+      const Tile through_state = plus(times(Ki, d_k), times(Bi, d_b));
+      {
+        const Block K = load_transposed<SECOND>(factors.k[warp], lane), B = load_transposed<SECOND>(factors.b[warp], lane),
+                    R = load_transposed<SECOND>(factors.r[warp], lane), A = load_transposed<SECOND>(factors.a[warp], lane);
+        add_product(d_r, load_block<FIRST>(d.rk, lane), K);
+        add_product(d_r, load_block<FIRST>(d.rb, lane), B);
+        add_product(d_a, load_block<FIRST>(d.ak, lane), K);
+        add_product(d_a, load_block<FIRST>(d.ab, lane), B);
+        add_product(d_k, load_transposed<FIRST>(d.rk, lane), R);
+        add_product(d_k, load_transposed<FIRST>(d.ak, lane), A);
+        add_product(d_b, load_transposed<FIRST>(d.rb, lane), R);
+        add_product(d_b, load_transposed<FIRST>(d.ab, lane), A);
+      }
+      const Tile a_part = times(At, d_a);
+      Tile g_log_w = minus(plus(times(Rt, d_r), a_part), plus(times(Ki, d_k), times(Bi, d_b)));
+      sum_from_each(g_log_w, lane);
+      g_log_w = minus(g_log_w, a_part);
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          // element (j, j), j = 8 n + col + e, of S^T G
+          const float S_G_jj = __shfl_sync(0xffffffffu, S_G.half[n].c[2 * n + e], 4 * (col_of(lane) + e) + lane % 4);
+          const float sum = sum_of_column(through_state, n, e) + (resets.bits ? 0.f : S_G_jj);
+          g_log_w.half[n].c[e] += sum;
+          g_log_w.half[n].c[2 + e] += sum;
+        }
+      if (resets.bits) for_each(g_log_w, lane, [&](float& x, int t, int) { x = resets.bits >> t & 1 ? 0.f : x; });
+      write_tile(out.log_w + here, g_log_w, stride, tokens, scratch, lane);
+      const Decays<W> decays(now.log_w[warp], lane);
+      const Tile to_k = decays.to_k();
+      write_tile(out.r + here, times(d_r, decays.to_r()), stride, tokens, scratch, lane);
+      write_tile(out.a + here, times(d_a, decays.to_a()), stride, tokens, scratch, lane);
+      write_tile(out.k + here, times(d_k, to_k), stride, tokens, scratch, lane);
+      write_tile(out.b + here, times(d_b, to_k), stride, tokens, scratch, lane);
+    }
+    __syncthreads();
+  }
+  cp_async_wait<0>();
+  if (g_state) write_state(g_state, G, warp, lane);
+}
+
 // ---- host
 
 constexpr int invalid_value = 1;  // cudaErrorInvalidValue
@@ -485,4 +720,24 @@ extern "C" int wkv7_chunk_forward(int w_dtype, int64_t B, int64_t T, int64_t H, 
                   static_cast<Checkpoint*>(checkpoints));
   };
   return w_dtype == BFLOAT16 ? run(static_cast<const bf16*>(log_w)) : run(static_cast<const float*>(log_w));
+}
+
+extern "C" int wkv7_chunk_backward(int w_dtype, int64_t B, int64_t T, int64_t H, const void* r, const void* log_w, const void* k,
+                                   const void* v, const void* a, const void* b, const uint8_t* reset /* or null: none */,
+                                   const void* checkpoints, const void* gy, const float* g_final /* or null: zeros */, void* gr,
+                                   void* g_log_w, void* gk, void* gv, void* ga, void* gb,
+                                   float* g_state /* or null: not wanted */, void* stream) {
+  if (!valid(w_dtype, B, T, H) ||
+      !aligned({r, log_w, k, v, a, b, checkpoints, gy, g_final, gr, g_log_w, gk, gv, ga, gb, g_state}))
+    return invalid_value;
+  const Shape shape{static_cast<int>(T), static_cast<int>(H)};
+  auto run = [&](auto* w, auto* gw) {
+    using W = std::remove_pointer_t<decltype(gw)>;
+    auto to = [](void* x) { return static_cast<bf16*>(x); };
+    return launch(chunk_backward<W>, dim3(static_cast<unsigned>(B * H)), dim3(THREADS), sizeof(BackwardShared<W>), stream, shape,
+                  tensors_of(r, w, k, v, a, b, reset), static_cast<const Checkpoint*>(checkpoints), static_cast<const bf16*>(gy),
+                  g_final, Gradients<W>{to(gr), to(gk), to(gv), to(ga), to(gb), gw}, g_state);
+  };
+  return w_dtype == BFLOAT16 ? run(static_cast<const bf16*>(log_w), static_cast<bf16*>(g_log_w))
+                             : run(static_cast<const float*>(log_w), static_cast<float*>(g_log_w));
 }

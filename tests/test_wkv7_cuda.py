@@ -55,8 +55,8 @@ def reference(inputs, gy, g_final):
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wkv7")
-    names = [name for name in ("sequential", "chunk") if (CUDA / f"wkv7_{name}.cu").exists()]
-    return {name: cuda.declare(ctypes.CDLL(str(compile_for_cpu(CUDA / f"wkv7_{name}.cu", folder)))) for name in names}
+    paths = {name: compile_for_cpu(CUDA / f"wkv7_{name}.cu", folder) for name in ("sequential", "chunk")}
+    return {name: cuda.declare(ctypes.CDLL(str(path))) for name, path in paths.items()}
 
 
 @pytest.fixture
@@ -117,7 +117,21 @@ def test_sequential_takes_any_head_size(both, N):
     assert_equals_reference(both, "sequential", *make_inputs(1, 33, 2, N, resets=0.1))
 
 
-KERNELS = [("sequential", FP32, 16), ("sequential", BF16, 64)]
+@pytest.mark.parametrize("T", [1, 15, 17, 63, 130])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("w_dtype", [BF16, FP32], ids=["bf16", "bf16_w32"])
+def test_chunk_equals_the_definition(both, w_dtype, regime, T):
+    assert_equals_reference(both, "chunk", *make_inputs(1, T, 2, 64, regime, BF16, w_dtype), regime)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_chunk_takes_large_and_small_inputs(both, scale):
+    inputs, gy, g_final = make_inputs(1, 40, 1, 64, dtype=BF16)
+    scaled = [x * scale if name in ("r", "k", "v", "state") else x for name, x in zip((*NAMES, "reset"), inputs)]
+    assert_equals_reference(both, "chunk", scaled, gy, g_final)
+
+
+KERNELS = [("sequential", FP32, 16), ("chunk", BF16, 64)]
 
 
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
@@ -153,6 +167,27 @@ def test_absent_states_are_zeros(both, kernel, dtype, N):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("w_dtype", [BF16, FP32])
+def test_chunk_and_sequential_agree_on_what_they_keep_and_give(both, w_dtype):
+    inputs, gy, g_final = make_inputs(2, 70, 3, 64, dtype=BF16, w_dtype=w_dtype, resets=0.03)
+    one, other = both("chunk", inputs, gy, g_final), both("sequential", inputs, gy, g_final)
+    assert all(one[name].dtype == other[name].dtype and error(one[name], other[name].double()) < 8e-3 for name in one)
+
+
+@pytest.mark.parametrize("dtype, N, kernel", [(BF16, 64, "chunk"), (BF16, 32, "sequential"), (FP32, 64, "sequential")])
+def test_the_kernel_is_chosen_by_dtype_and_head_size(dtype, N, kernel):
+    assert cuda.choose(dtype, N) == kernel and cuda.describe(dtype, N) == f"CUDA kernel, {kernel}"
+
+
+def test_chunk_takes_tensors_in_the_middle_of_others(both):
+    inputs, gy, g_final = make_inputs(1, 20, 1, 64, dtype=BF16)
+    want = both("chunk", inputs, gy, g_final)
+    shifted = [None if x is None else torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
+    assert shifted[0].data_ptr() % 16
+    y, final_state, _ = cuda.forward(*shifted, False, "chunk")
+    assert torch.equal(y, want["y"]) and torch.equal(final_state, want["final_state"])
+
+
 @pytest.mark.parametrize("kernel, dtype, N", KERNELS)
 def test_nothing_is_kept_unless_asked(both, kernel, dtype, N):
     inputs, gy, g_final = make_inputs(1, 40, 1, N, dtype=dtype)
@@ -176,3 +211,16 @@ def test_sequential_refuses_what_it_cannot_do_with_an_error_code(libraries, code
     lib = libraries["sequential"]
     assert lib.wkv7_sequential_forward(*codes, *shape, *[None] * 11) == 1
     assert lib.wkv7_sequential_backward(*codes, *shape, *[None] * 19) == 1
+
+
+def test_chunk_refuses_what_it_cannot_do_with_an_error_code(libraries):
+    def codes(w_dtype, B, T, H, pointer=None):
+        head = (w_dtype, B, T, H, pointer)
+        return {
+            libraries["chunk"].wkv7_chunk_forward(*head, *[None] * 11),
+            libraries["chunk"].wkv7_chunk_backward(*head, *[None] * 17),
+        }
+
+    sizes = [(2, 1, 33, 1), (1, 0, 33, 1), (1, 1, 0, 1), (1, 1, 33, 0), (1, 1, 2**31, 1), (1, 2**20, 16, 2**12)]
+    assert all(codes(*size) == {1} for size in sizes)
+    assert codes(1, 1, 33, 1, 8) == {1}  # copies need 16-byte alignment

@@ -26,7 +26,7 @@ def choose(dtype: torch.dtype, N: int) -> str:
             f"wkv7: the CUDA kernels take float32 or bfloat16 and heads of up to 128 channels, not {dtype} and {N}; "
             f"use op='torch'"
         )
-    return "sequential"
+    return "chunk" if dtype == torch.bfloat16 and N == 64 else "sequential"
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
