@@ -205,23 +205,23 @@ struct Decays {  // [token, channel], in bits
 struct alignas(16) Factors {                                 // four blocks of 16 channels each
   unsigned char r[4][BLOCK_BYTES], k[4][BLOCK_BYTES], a[4][BLOCK_BYTES], b[4][BLOCK_BYTES];  // slices, then Rt, Ki, At, Bi, tiled
   unsigned char v[4][BLOCK_BYTES];                           // slices
-  float D[N];
-  uint32_t resets, padding[3];
 };
 struct alignas(16) Matrices {
+  float D[N];
   unsigned char rk[BLOCK_BYTES], rb[BLOCK_BYTES], ak[BLOCK_BYTES];  // Ark, Arb, Aak: tiled [t, s]
   union {
     float square[L][L];     // Aab, then M, on the way
     float4 inverse[2][32];  // the halves of M, or of M^T for the backward pass, in tf32, as the lanes hold them
     unsigned char ab[BLOCK_BYTES];
   };  // in the end of the backward pass: the gradients of the four
+  uint32_t resets;
 };
 template <class W>
 using LogWSlices = unsigned char[4][slice_bytes<W>];
 
-// Starts the copies of a chunk's inputs and notes its resets; by one warp.
+// Starts the copies of a chunk's inputs and returns its resets; by one warp.
 template <class W>
-DEVICE void copy_chunk(const Shape& shape, const Tensors<W>& in, int chunk, Factors& to, LogWSlices<W>& to_log_w, int lane) {
+DEVICE Resets copy_chunk(const Shape& shape, const Tensors<W>& in, int chunk, Factors& to, LogWSlices<W>& to_log_w, int lane) {
   const int tokens = shape.T - chunk * L;
   const unsigned stride = shape.stride();
   const int64_t from = shape.start() + int64_t(chunk) * L * stride;
@@ -236,8 +236,7 @@ DEVICE void copy_chunk(const Shape& shape, const Tensors<W>& in, int chunk, Fact
   }
   const int64_t first = int64_t(blockIdx.x) / shape.H * shape.T + chunk * L;
   const bool mine = in.reset && lane < L && lane < tokens && in.reset[first + lane];
-  const uint32_t resets = __ballot_sync(0xffffffffu, mine);
-  if (lane == 0) to.resets = resets;
+  return {__ballot_sync(0xffffffffu, mine)};
 }
 
 // (I - square)^-1 in place, by forward substitution: lane j and j + 16 make column j.
@@ -264,10 +263,10 @@ DEVICE void invert(float (&square)[L][L], int lane) {
   __syncwarp();
 }
 
-// Factors from r, k, a, b in place, and the matrices; by one warp, for which they have arrived. `log_w` is not read after
-// `matrices` has been written to.
+// Factors from r, k, a, b in place, and the matrices; by one warp, for which they have arrived. `matrices` may lie where `log_w`
+// does: of that only the first slice is overwritten, by D, while the others are still needed.
 template <class W, bool backward>
-DEVICE void prepare(Factors& factors, const LogWSlices<W>& log_w, Matrices& matrices, int lane) {
+DEVICE void prepare(Factors& factors, const LogWSlices<W>& log_w, Resets resets, Matrices& matrices, int lane) {
   Tile rk{}, rb{}, ak{}, ab{};
 #pragma unroll 1
   for (int q = 0; q < 4; q++) {
@@ -277,12 +276,6 @@ DEVICE void prepare(Factors& factors, const LogWSlices<W>& log_w, Matrices& matr
                 At = scaled(load_slice<FIRST>(factors.a[q], lane), decays.to_a()),
                 Ki = scaled(load_slice<FIRST>(factors.k[q], lane), to_k),
                 Bi = scaled(load_slice<FIRST>(factors.b[q], lane), to_k);
-    if (row_of(lane) == 7) {
-#pragma unroll
-      for (int n = 0; n < 2; n++)
-        *reinterpret_cast<float2*>(&factors.D[16 * q + 8 * n + col_of(lane)]) =
-            make_float2(to_r.half[n].c[2], to_r.half[n].c[3]);
-    }
     add_product(rk, Rt, Ki);
     add_product(rb, Rt, Bi);
     add_product(ak, At, Ki);
@@ -292,14 +285,20 @@ DEVICE void prepare(Factors& factors, const LogWSlices<W>& log_w, Matrices& matr
     store_block(factors.a[q], At, lane);
     store_block(factors.k[q], Ki, lane);
     store_block(factors.b[q], Bi, lane);
+    if (row_of(lane) == 7) {
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+        *reinterpret_cast<float2*>(&matrices.D[16 * q + 8 * n + col_of(lane)]) =
+            make_float2(to_r.half[n].c[2], to_r.half[n].c[3]);
+    }
   }
-  const Resets resets{factors.resets};
   const int begin[2] = {resets.before(row_of(lane)), resets.before(row_of(lane) + 8)};
   auto upto = [&](float& x, int t, int s) { x = s <= t && s >= begin[t / 8] ? x : 0.f; };
   auto before = [&](float& x, int t, int s) { x = s < t && s >= begin[t / 8] ? x : 0.f; };
   for_each(rk, lane, upto);
   for_each(rb, lane, upto);
   for_each(ak, lane, before);
+  if (lane == 0) matrices.resets = resets.bits;
   store_block(matrices.rk, rounded(rk), lane);
   store_block(matrices.rb, rounded(rb), lane);
   store_block(matrices.ak, rounded(ak), lane);
@@ -370,8 +369,9 @@ struct alignas(16) ForwardShared {
     LogWSlices<W> log_w;
     Matrices matrices;
   } more[GROUP];
-  unsigned char y[WARPS][BLOCK_BYTES];
 };
+// Four blocks, each with 1 KB for the system, fit into the 228 KB of sm_90.
+static_assert(4 * (sizeof(ForwardShared<float>) + 1024) <= 228 * 1024, "the forward kernel's shared memory");
 
 // state, final_state and checkpoints may be null.
 template <class W>
@@ -391,17 +391,17 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
   for (int group = 0; group < chunks; group += GROUP) {
     if (group + warp < chunks) {
       auto& log_w = shared.more[warp].log_w;
-      copy_chunk(shape, in, group + warp, shared.factors[warp], log_w, lane);
+      const Resets resets = copy_chunk(shape, in, group + warp, shared.factors[warp], log_w, lane);
       cp_async_commit();
       cp_async_wait<0>();
       __syncwarp();
-      prepare<W, false>(shared.factors[warp], log_w, shared.more[warp].matrices, lane);
+      prepare<W, false>(shared.factors[warp], log_w, resets, shared.more[warp].matrices, lane);
     }
     __syncthreads();
     for (int i = 0; i < GROUP && group + i < chunks; i++) {
-      const Factors& factors = shared.factors[i];
+      Factors& factors = shared.factors[i];
       const Matrices& matrices = shared.more[i].matrices;
-      const Resets resets{factors.resets};
+      const Resets resets{matrices.resets};
       const Block V = load_slice_transposed<FIRST>(factors.v[warp], lane);  // [value, token]
       Tile P{}, out{};                                                      // [value, token], [token, value]
 #pragma unroll
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
       add_product(out, load_block<FIRST>(matrices.rk, lane), V);
       add_product(out, load_block<FIRST>(matrices.rb, lane), U);
       __syncwarp();
-      write_slice(y + here, rounded(out), stride, shape.T - (group + i) * L, shared.y[warp], lane);
+      write_slice(y + here, rounded(out), stride, shape.T - (group + i) * L, factors.v[warp], lane);  // v is in registers
       here += int64_t(L) * stride;
 
       Block V_last = V, U_last = U;
@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
       for (int q = 0; q < 4; q++) {
         add_product(S[q], V_last, load_transposed<SECOND>(factors.k[q], lane));
         add_product(S[q], U_last, load_transposed<SECOND>(factors.b[q], lane));
-        decay(S[q], factors.D, q, lane);
+        decay(S[q], matrices.D, q, lane);
       }
     }
     __syncthreads();
@@ -542,7 +542,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
   for (int group = (chunks - 1) / GROUP * GROUP; group >= 0; group -= GROUP) {
     if (group + warp < chunks) {
       auto& mine = shared.chunk[warp];
-      copy_chunk(shape, in, group + warp, mine.factors, mine.log_w, lane);
+      const Resets resets = copy_chunk(shape, in, group + warp, mine.factors, mine.log_w, lane);
 #pragma unroll
       for (int q = 0; q < 4; q++)
         copy_slice(mine.gy[q], gy + shape.start() + int64_t(group + warp) * L * stride + 16 * q, stride,
@@ -550,14 +550,14 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
       cp_async_commit();
       cp_async_wait<0>();
       __syncwarp();
-      prepare<W, true>(mine.factors, mine.log_w, mine.matrices, lane);
+      prepare<W, true>(mine.factors, mine.log_w, resets, mine.matrices, lane);
     }
     __syncthreads();
 
     for (int i = min(GROUP, chunks - group) - 1; i >= 0; i--) {
       auto& now = shared.chunk[i];
       const Factors& factors = now.factors;
-      const Resets resets{factors.resets};
+      const Resets resets{now.matrices.resets};
       const int chunk = group + i, tokens = shape.T - chunk * L;
       const int64_t here = shape.start() + int64_t(chunk) * L * stride + 16 * warp;
       unsigned char* const scratch = shared.out[warp];
@@ -567,7 +567,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         Tile dU{}, gV{};  // [value, token], [token, value]
 #pragma unroll
         for (int q = 0; q < 4; q++) {
-          decay(G[q], factors.D, q, lane);
+          decay(G[q], now.matrices.D, q, lane);
           const Block G_q = rounded(G[q]);
           store_block(shared.G[warp][q], G_q, lane);
           add_product(dU, G_q, load_block<SECOND>(factors.b[q], lane));
@@ -676,7 +676,6 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
     __syncthreads();
   }
-  cp_async_wait<0>();
   if (g_state) write_state(g_state, G, warp, lane);
 }
 

@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(L * L, E == 8 ? 1 : 2)
   uint32_t reader_bits[E], writer_bits[E], remover_bits[E], inserter_bits[E], w_bits[E], value_bits;
   uint8_t reset_bits;
   auto load = [&](int64_t tile) {
+    const int lane = lane_index() % L;  // read anew, so that no address is kept in registers from tile to tile
     const int64_t step = step_of(tile), from = (step * shape.H + h) * N;
 #pragma unroll
     for (int e = 0; e < E; e++) {
@@ -124,13 +125,12 @@ __global__ void __launch_bounds__(L * L, E == 8 ? 1 : 2)
       for (int i = 0; i < 4; i++) {
         const int step = first_step + i;
         const bool starts = now.reset[step];
-        float x[E], w[E], z[E], written[E];
-        read_channels<E>(x, now.writer[step], lane);
         const float value_now = now.value[step][line];
+        float x[E], w[E], z[E];
+        if (reversed) read_channels<E>(x, now.writer[step], lane);
 #pragma unroll
         for (int e = 0; e < E; e++) {
-          written[e] = x[e] * value_now;
-          if (reversed) S[e] += written[e];
+          if (reversed) S[e] += x[e] * value_now;
           else if (starts) S[e] = 0.f;
         }
         read_channels<E>(x, now.remover[step], lane);
@@ -139,17 +139,24 @@ __global__ void __launch_bounds__(L * L, E == 8 ? 1 : 2)
         for (int e = 0; e < E; e++) u += x[e] * S[e];
         u = total_over_line(u);
         if (lane == step) u_mine = u;
-        read_channels<E>(x, now.reader[step], lane);
+        four[i] = 0.f;
+        if (reversed) {
+          read_channels<E>(x, now.reader[step], lane);
+#pragma unroll
+          for (int e = 0; e < E; e++) four[i] += x[e] * S[e];
+        }
         read_channels<E>(w, now.w[step], lane);
         read_channels<E>(z, now.inserter[step], lane);
-        four[i] = 0.f;
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-          if (reversed) four[i] += x[e] * S[e];
-          S[e] = w[e] * S[e] + u * z[e];
-          if (!reversed) S[e] += written[e];
-          if (!reversed) four[i] += x[e] * S[e];
-          if (reversed && starts) S[e] = 0.f;
+        for (int e = 0; e < E; e++) S[e] = reversed && starts ? 0.f : w[e] * S[e] + u * z[e];
+        if (!reversed) {
+          read_channels<E>(w, now.writer[step], lane);
+          read_channels<E>(x, now.reader[step], lane);
+#pragma unroll
+          for (int e = 0; e < E; e++) {
+            S[e] += w[e] * value_now;
+            four[i] += x[e] * S[e];
+          }
         }
       }
       sums[0] = sums[1], sums[1] = sums[2], sums[2] = sums[3];
