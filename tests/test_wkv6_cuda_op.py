@@ -155,7 +155,7 @@ def test_a_driver_older_than_nvcc_is_told_with_what_to_do(monkeypatch):
 
 def test_an_old_gpu_is_refused():
     with pytest.raises(UserError, match=r"8\.0 \(Ampere\) or newer, and this one has 7\.5; use --op torch"):
-        wkv6_cuda.build_library("sequential", (7, 5))
+        wkv6_cuda.build_library("wkv6_sequential", (7, 5))
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_nvcc_builds_a_library_that_loads(kernel, tmp_path):
         wkv6_cuda.nvcc()
     except UserError as absent:
         pytest.skip(str(absent))
-    lib = wkv6_cuda.declare(ctypes.CDLL(str(wkv6_cuda.build_library(kernel, (8, 0), cache=tmp_path))))
+    lib = wkv6_cuda.declare(ctypes.CDLL(str(wkv6_cuda.build_library(f"wkv6_{kernel}", (8, 0), cache=tmp_path))))
     forward, no_work = getattr(lib, f"wkv6_{kernel}_forward"), 0
     arguments = [no_work if kind in (ctypes.c_int, ctypes.c_int64) else None for kind in forward.argtypes]
     assert forward(*arguments) == 1  # cudaErrorInvalidValue: no batch rows

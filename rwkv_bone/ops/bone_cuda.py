@@ -55,7 +55,7 @@ def _load(capability: tuple[int, int]) -> ctypes.CDLL | None:
     cuda = build.source_dir()
     try:
         path = build.build(
-            "bone", [build.Object(cuda / "bone.cu")], wkv6_cuda.nvcc(), headers=[cuda / "device.cuh"],
+            "bone", [build.Object(cuda / "bone.cu")], wkv6_cuda.nvcc(), headers=sorted(cuda.glob("*.cuh")),
             flags=("-O3", "-std=c++17", "-arch=sm_{}{}".format(*capability), "-Xcompiler", "-fPIC"),
         )  # fmt: skip
         return declare(build.load(path))

@@ -66,8 +66,8 @@ def nvcc() -> str:
     )
 
 
-def build_library(kernel: str, capability: tuple[int, int], cache: Path | None = None) -> Path:
-    """The shared library of cuda/wkv6_`kernel`.cu for GPUs of that compute capability, built if it is not cached."""
+def build_library(name: str, capability: tuple[int, int], cache: Path | None = None) -> Path:
+    """The shared library of cuda/`name`.cu for GPUs of that compute capability, built if it is not cached."""
     if capability < (8, 0):
         raise UserError(
             f"the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or newer, and this one has "
@@ -75,19 +75,19 @@ def build_library(kernel: str, capability: tuple[int, int], cache: Path | None =
         )
     cuda = build.source_dir()
     return build.build(
-        f"wkv6_{kernel}", [build.Object(cuda / f"wkv6_{kernel}.cu")], nvcc(),
-        headers=[cuda / "device.cuh"],
+        name, [build.Object(cuda / f"{name}.cu")], nvcc(), headers=sorted(cuda.glob("*.cuh")),
         flags=("-O3", "-std=c++17", "-arch=sm_{}{}".format(*capability), "-Xcompiler", "-fPIC"), cache=cache,
     )  # fmt: skip
 
 
 @functools.cache
-def _load(kernel: str, capability: tuple[int, int]) -> ctypes.CDLL:
-    return declare(build.load(build_library(kernel, capability)))
+def load_kernel(name: str, capability: tuple[int, int]) -> ctypes.CDLL:
+    """The library of cuda/`name`.cu, loaded."""
+    return build.load(build_library(name, capability))
 
 
 def library(kernel: str, device: torch.device) -> ctypes.CDLL:
-    return _load(kernel, torch.cuda.get_device_capability(device))
+    return declare(load_kernel(f"wkv6_{kernel}", torch.cuda.get_device_capability(device)))
 
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
