@@ -54,16 +54,17 @@ void Threads::run(int64_t n, void (*task)(const void*, int64_t), const void* dat
     for (std::thread& other : others) other.join();
 }
 
-bool has(int variant) {
+}  // namespace cpu
+
+// 1 if this machine can run the variant, else 0.
+extern "C" int cpu_has(int variant) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (variant == kAvx2) return avx2;
-    if (variant == kAvx512)
+    if (variant == cpu::kAvx2) return avx2;
+    if (variant == cpu::kAvx512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-    return variant == kPortable;
+    return variant == cpu::kPortable;
 }
-
-}  // namespace cpu

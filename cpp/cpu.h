@@ -28,9 +28,7 @@
 namespace cpu {
 
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
-enum Variant { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-
-bool has(int variant);
+enum Variant { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };  // AVX2 with FMA; cpu_has (cpu.cpp) tells what this machine can run
 
 // The threads that one call may use.
 struct Threads {

@@ -25,9 +25,7 @@ Kernels choose(int variant, int type) {
 
 extern "C" {
 
-// 1 if this machine can run the variant: 0 portable, 1 AVX2 with FMA, 2 AVX-512.
-int wkv7_cpu_has(int variant) { return cpu::has(variant); }
-
+// `variant` is one that cpu_has.
 void wkv7_cpu_forward(int variant, int threads, void* parallel, int type, int w_type, int64_t B, int64_t T, int64_t H, int64_t N,
                       const void* r, const void* log_w, const void* k, const void* v, const void* a, const void* b,
                       const void* state, const uint8_t* reset, void* y, void* final_state, void* saved) {

@@ -57,7 +57,7 @@ def truth(*case, **options):
 
 
 def run(variant, inputs, gy, gfinal, threads=1):
-    if variant not in cpu.variants():
+    if variant not in cpu.kernels.variants:
         pytest.skip(f"this machine has no {variant}")
     y, final_state, saved = cpu.forward(*inputs, True, variant, threads)
     return y, final_state, *cpu.backward(*inputs[:6], inputs[7], saved, gy, gfinal, variant, threads)
@@ -159,7 +159,7 @@ def test_threads_change_no_bit_but_of_sums_over_shared_values(variant, with_rese
 def test_without_backward_nothing_is_kept_and_the_results_are_the_same(variant, dtype, T, N):
     for with_state, with_resets in ((True, False), (True, True), (False, False)):
         case = (2, T, 3, N, dtype, with_state, with_resets)
-        if variant not in cpu.variants():
+        if variant not in cpu.kernels.variants:
             pytest.skip(f"this machine has no {variant}")
         inputs = make_inputs(*case)[0]
         y, final_state, saved = cpu.forward(*inputs, False, variant, 2)
@@ -180,4 +180,4 @@ def test_half_the_tokens_and_the_state_give_the_whole():
 def test_threads_of_our_own_where_torch_has_another_kind(monkeypatch):
     monkeypatch.setattr(cpu, "torch_threads", lambda: None)
     case = (1, 40, 3, 16)
-    assert_close(run(cpu.variants()[-1], *make_inputs(*case), threads=3), truth(*case))
+    assert_close(run(cpu.kernels.variants[-1], *make_inputs(*case), threads=3), truth(*case))

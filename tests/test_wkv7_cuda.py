@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan
 
+from rwkv_bone.ops.cuda import declare
 from rwkv_bone.ops.wkv7 import cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -56,7 +57,7 @@ def reference(inputs, gy, g_final):
 def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wkv7")
     paths = {name: compile_for_cpu(CUDA / f"wkv7_{name}.cu", folder) for name in ("sequential", "chunk")}
-    return {name: cuda.declare(ctypes.CDLL(str(path))) for name, path in paths.items()}
+    return {name: declare(ctypes.CDLL(str(path)), cuda.FUNCTIONS) for name, path in paths.items()}
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from ..data.documents import Documents
 from ..errors import UserError
 from ..evaluate.loss import document_losses
 from ..models.x060 import RWKV
-from ..ops.float32 import multiply_fast
+from ..ops.float32 import set_matmul_backend
 from ..training.fit import device_type, fit, precision, tokens_at_once
 from ..training.loader import TrainingData
 from ..training.run import adapt, make_model, mean_loss
@@ -89,7 +89,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
     losses, seconds, diverged = [], [], ""
     began = time.monotonic()
     if base:
-        multiply_fast(device, tokens_at_once(data, config), precision(config) == "tf32")
+        set_matmul_backend(device, tokens_at_once(data, config), precision(config) == "tf32")
         model.to(device).eval()
         with torch.no_grad():
             for step in data.loader(0, 1, config.random_seed, 0, data.steps_per_epoch(1) * config.epoch_count):

@@ -13,7 +13,7 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..models.x060 import RWKV
 from ..ops import wkv6
-from ..ops.float32 import multiply_fast
+from ..ops.float32 import set_matmul_backend
 from ..peft import METHODS, adapters
 from ..peft.adapter import QuantisedWeight
 from ..terminal import counted, in_bytes
@@ -174,7 +174,7 @@ def fit(model: RWKV, data, config: TrainConfig, deepspeed: type | None = None) -
     if len(dtypes) > 1 and config.strategy.startswith("deepspeed_stage_3"):
         raise UserError("--strategy deepspeed_stage_3 takes no --train_parts of a bf16 base beside fp32 adapters; stage 2 does")
     quiet_lightning()
-    multiply = multiply_fast(device_type(config), tokens_at_once(data, config), precision(config) == "tf32")
+    multiply = set_matmul_backend(device_type(config), tokens_at_once(data, config), precision(config) == "tf32")
     model.grad_cp = config.grad_cp
     model.op = config.op
     records = Records(config)

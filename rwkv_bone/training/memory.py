@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from ..config import TrainConfig
 from ..errors import run
 from ..models.x060 import RWKV, ModelConfig
-from ..ops import wkv6_cpu, wkv6_cuda
+from ..ops.wkv6 import cpu as wkv6_cpu
+from ..ops.wkv6 import cuda as wkv6_cuda
 from ..peft import METHODS, inject
 from ..peft.adapter import FrozenLinear, QuantisedWeight, projections
 from .engines import BUCKET

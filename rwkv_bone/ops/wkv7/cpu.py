@@ -6,60 +6,20 @@ gradients (B, T, H, N) in float32, bfloat16 or float64, N at most 128; log_w and
 becomes zero. Over any 16 tokens log_w may sum to -87 at the least (the model's is at least -0.607 a token).
 """
 
-import ctypes
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...terminal import counted
-from .. import build
-from ..wkv6_cpu import DTYPES, VARIANT_FLAGS, VARIANTS, torch_threads
+from ..cpu import DTYPES, INT, POINTER, SIZE, Kernels
 
 CHECKPOINT = 64  # tokens between the states that forward keeps for backward; kCheckpoint in cpp/wkv7_cpu.h
-
-
-def source_dir() -> Path:
-    return build.source_dir().parent / "cpp"
-
-
-def build_library(cache: Path | None = None) -> Path:
-    import platform
-
-    cpp = source_dir()
-    names = VARIANTS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
-    source = cpp / "wkv7_cpu.cpp"
-    objects = [build.Object(cpp / "cpu.cpp"), build.Object(source)]
-    objects += [build.Object(source, (f"-DWKV7_VARIANT={name}", *VARIANT_FLAGS[name])) for name in names]
-    return build.build(
-        "wkv7_cpu", objects, build.cxx_compiler(),
-        headers=[cpp / name for name in ("cpu.h", "vectors.h", "wkv7_cpu.h", "wkv7_cpu_kernel.h")],
-        flags=("-O3", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=fast"),
-        link_flags=("-shared", "-pthread"), cache=cache,
-    )  # fmt: skip
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    lib = build.load(build_library())
-    head: list[Any] = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
-    lib.wkv7_cpu_forward.argtypes = head + [ctypes.c_void_p] * 11
-    lib.wkv7_cpu_backward.argtypes = head + [ctypes.c_void_p] * 17
-    lib.wkv7_cpu_forward.restype = lib.wkv7_cpu_backward.restype = None
-    return lib
-
-
-@functools.cache
-def variants() -> list[str]:
-    """The instruction sets that this machine can run, the fastest last."""
-    return [name for name, number in VARIANTS.items() if library().wkv7_cpu_has(number)]
+HEAD: list[Any] = [INT, INT, *[SIZE] * 4]  # dtypes of r and of log_w, B, T, H, N
+kernels = Kernels("wkv7", {"forward": HEAD + [POINTER] * 11, "backward": HEAD + [POINTER] * 17})
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
-    variant = "portable" if dtype == torch.float64 else variants()[-1]
-    return f"C++ kernel, {variant}, {counted(torch.get_num_threads(), 'thread')}"
+    return kernels.describe("portable" if dtype == torch.float64 else None)  # float64 has portable kernels only
 
 
 def saved_shape(r: Tensor) -> tuple[int, ...]:
@@ -78,12 +38,9 @@ def forward(
     state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     final_state = torch.empty(B, H, N, N, dtype=state_dtype)
     saved = torch.empty(saved_shape(r) if save else 0, dtype=state_dtype)
-    library().wkv7_cpu_forward(
-        VARIANTS[variant or variants()[-1]], threads or torch.get_num_threads(), torch_threads(),
-        DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
-        *(x.data_ptr() for x in (r, log_w, k, v, a, b)),
-        None if state is None else state.data_ptr(), None if reset is None else reset.data_ptr(),
-        y.data_ptr(), final_state.data_ptr(), saved.data_ptr() if save else None,
+    kernels.call(
+        "forward", DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
+        r, log_w, k, v, a, b, state, reset, y, final_state, saved if save else None, variant=variant, threads=threads,
     )  # fmt: skip
     return y, final_state, saved
 
@@ -96,12 +53,8 @@ def backward(
     B, T, H, N = r.shape
     gradients = [torch.empty_like(x) for x in (r, log_w, k, v, a, b)]
     gstate = saved.new_empty(B, H, N, N)
-    library().wkv7_cpu_backward(
-        VARIANTS[variant or variants()[-1]], threads or torch.get_num_threads(), torch_threads(),
-        DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
-        *(x.data_ptr() for x in (r, log_w, k, v, a, b)),
-        None if reset is None else reset.data_ptr(), saved.data_ptr(),
-        gy.data_ptr(), None if gfinal is None else gfinal.data_ptr(),
-        *(x.data_ptr() for x in gradients), gstate.data_ptr(),
+    kernels.call(
+        "backward", DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
+        r, log_w, k, v, a, b, reset, saved, gy, gfinal, *gradients, gstate, variant=variant, threads=threads,
     )  # fmt: skip
     return *gradients, gstate
