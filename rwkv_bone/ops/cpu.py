@@ -1,4 +1,4 @@
-"""What the CPU kernels of cpp/ share on the Python side: building for several instruction sets, threads, and calls through ctypes."""
+"""What the CPU kernels of cpp/ share in Python: building for several instruction sets, threads, and calls through ctypes."""
 
 import ctypes
 import functools
