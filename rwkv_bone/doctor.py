@@ -169,11 +169,11 @@ def first_line(*command: str) -> str:
 def compilers() -> Iterator[Finding]:
     import torch
 
-    from .ops import build, wkv6_cuda
+    from .ops import build, cuda
 
     tools = [("C++ compiler", build.cxx_compiler), ("ninja", build.ninja_binary)]
     if torch.cuda.is_available():
-        tools.append(("nvcc", wkv6_cuda.nvcc))
+        tools.append(("nvcc", cuda.nvcc))
     for name, find in tools:
         try:
             path = find()

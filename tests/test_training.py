@@ -20,7 +20,7 @@ from rwkv_bone.files.adapters import load_adapter, read_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.generate import command as generate
-from rwkv_bone.ops import wkv6_cpu
+from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.float32 import onednn_is_right
 from rwkv_bone.plot import read_run
 from rwkv_bone.training.loader import TrainingData
@@ -107,7 +107,7 @@ def test_the_device_line_names_what_was_chosen(world):
         (found,) = [line for line in train(world, "--dry_run", *flags, name="dry").splitlines() if line.startswith("device ")]
         return found
 
-    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 thread")
+    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.kernels.variants[-1]}, 1 thread")
     assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
     many = line("--micro_bsz", 256)  # rows, of a token or more each
     assert ("fp32 by oneDNN, engine" if onednn_is_right() else "fp32, engine") in many

@@ -23,7 +23,7 @@ from ..data.documents import Documents
 from ..errors import UserError
 from ..evaluate.loss import document_losses
 from ..models import LanguageModel
-from ..ops.float32 import multiply_fast
+from ..ops.float32 import set_matmul_backend
 from ..training.loader import TrainingData
 from ..training.loop import fit, tokens_at_once
 from ..training.objectives import OBJECTIVES, mean_loss
@@ -87,7 +87,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
     losses, tokens, seconds, diverged = [], [], [], ""
     began = time.monotonic()
     if base:
-        multiply_fast(device, tokens_at_once(data, config), precision(config) == "tf32")
+        set_matmul_backend(device, tokens_at_once(data, config), precision(config) == "tf32")
         model.to(device).eval()
         with torch.no_grad():
             for step in data.steps(0, 1, config.random_seed, 0, data.steps_per_epoch(1) * config.epoch_count):

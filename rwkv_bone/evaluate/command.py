@@ -23,7 +23,7 @@ from ..data.templates import Template
 from ..errors import Parser, UserError
 from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
 from ..models import LanguageModel
-from ..ops.float32 import multiply_fast
+from ..ops.float32 import set_matmul_backend
 from . import loss, problems
 from .grading import GRADERS, open_grader
 from .results import Results
@@ -150,7 +150,7 @@ def evaluate_loss(args: argparse.Namespace) -> None:
         tokenizer = None  # binidx needs none but for bits per byte; others say that they do
     of_rows = {"template": template, "fields": parse_fields(args.fields), "loss_mask": args.loss_mask}
     documents = open_documents(args.data, args.data_type, tokenizer, model.sizes.vocab_size, **of_rows)
-    multiply_fast(model.device.type, args.batch_size * args.chunk_len)
+    set_matmul_backend(model.device.type, args.batch_size * args.chunk_len)
     with open_results(args, model, {"data": loss.identity(documents), "count_end": args.count_end}) as results:
         with memory_advice("take a smaller --batch_size or --chunk_len"):
             loss.measure(model, documents, results, tokenizer, args.count_end, args.batch_size, args.chunk_len)

@@ -17,7 +17,7 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..files.adapters import sidecar
 from ..models import LanguageModel
-from ..ops.float32 import multiply_fast
+from ..ops.float32 import set_matmul_backend
 from . import resume, summary, validation
 from .infctx import backward_in_chunks, equal_lengths
 from .loader import TrainingData
@@ -44,7 +44,7 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     total_steps = per_epoch * config.epoch_count
     folder = RunFolder(config.proj_dir)
     check_what_trains(model, config)
-    multiplied_by = multiply_fast(engine.device.type, tokens_at_once(data, config), summary.precision(config) == "tf32")
+    multiplied_by = set_matmul_backend(engine.device.type, tokens_at_once(data, config), summary.precision(config) == "tf32")
     if first:
         if not config.dry_run:
             check_folder(folder, config)

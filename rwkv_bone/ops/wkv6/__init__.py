@@ -127,12 +127,12 @@ def describe(device: str, dtype: torch.dtype, N: int, op: str = "auto") -> str:
 def _kernels(device: str):
     """The one place that chooses a kernel: the module whose forward, backward, saved_shape and describe serve `device`."""
     if device == "cuda":
-        from . import wkv6_cuda
+        from . import cuda
 
-        return wkv6_cuda
-    from . import wkv6_cpu
+        return cuda
+    from . import cpu
 
-    return wkv6_cpu
+    return cpu
 
 
 def _check(r, k, v, log_w, u, state, op: str) -> torch.dtype:
