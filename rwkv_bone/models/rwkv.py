@@ -186,7 +186,8 @@ class RWKV(LanguageModel):
         if not self.sizes.time_state:
             self.sizes = replace(self.sizes, time_state=True)
             for block in self.blocks:
-                block.att.add_initial_state()
+                att: Any = block.att
+                att.add_initial_state()
         return [f"blocks.{layer}.att.time_state" for layer in range(self.sizes.n_layer)]
 
     # ------------------------------------------------ for people

@@ -38,27 +38,38 @@ class RWKV7Sizes(RWKVSizes):
     time_state: bool = False  # a trained initial state in every layer (state tuning)
 
 
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
 class TimeMix(nn.Module):
+    v0: Tensor
+    v1: Tensor
+    v2: Tensor
+
     def __init__(self, sizes: RWKV7Sizes, layer: int):
         super().__init__()
         C, H, N = sizes.n_embd, sizes.n_head, sizes.head_size
-        self.first = layer == 0
-
-        def parameters(**shapes: tuple[int, ...]) -> None:
-            for name, shape in shapes.items():
-                setattr(self, name, nn.Parameter(torch.empty(shape)))
-
         Dw, Da, Dv, Dg = sizes.d_decay_lora, sizes.d_aaa_lora, sizes.d_mv_lora, sizes.d_gate_lora
-        v_shapes = {"v2": (Dv, C), "v1": (C, Dv), "v0": (1, 1, C)}
-        parameters(**{f"x_{name}": (1, 1, C) for name in LERPS})
-        parameters(w0=(1, 1, C), r_k=(H, N), w1=(C, Dw), w2=(Dw, C))
-        parameters(a1=(C, Da), a2=(Da, C), a0=(1, 1, C), g1=(C, Dg), g2=(Dg, C))
-        if not self.first:
-            parameters(**v_shapes)
-        elif sizes.v_in_layer_0:  # kept for the file, not trained
-            for name, shape in v_shapes.items():
+        self.first = layer == 0
+        for name in LERPS:
+            setattr(self, f"x_{name}", parameter(1, 1, C))
+        self.w0 = parameter(1, 1, C)
+        self.r_k = parameter(H, N)
+        self.w1 = parameter(C, Dw)
+        self.w2 = parameter(Dw, C)
+        self.a1 = parameter(C, Da)
+        self.a2 = parameter(Da, C)
+        self.a0 = parameter(1, 1, C)
+        self.g1 = parameter(C, Dg)
+        self.g2 = parameter(Dg, C)
+        for name, shape in (("v2", (Dv, C)), ("v1", (C, Dv)), ("v0", (1, 1, C))):
+            if not self.first:
+                setattr(self, name, parameter(*shape))
+            elif sizes.v_in_layer_0:  # kept for the file; not used, so not trained
                 self.register_buffer(name, torch.empty(shape))
-        parameters(k_k=(1, 1, C), k_a=(1, 1, C))
+        self.k_k = parameter(1, 1, C)
+        self.k_a = parameter(1, 1, C)
         if sizes.time_state:
             self.add_initial_state()
         self.receptance = linear(C, C)
@@ -83,12 +94,10 @@ class TimeMix(nn.Module):
         dx = shift_difference(x, shift, reset)
         return tuple(torch.addcmul(x, dx, getattr(self, f"x_{name}")) for name in LERPS)
 
-    def operands(
-        self, r: Tensor, k: Tensor, w: Tensor, a: Tensor, v: Tensor | None, v_first: Tensor | None, v_mix: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """log_w, k, -kk and kk a (B, T, H, N) as WKV7 reads them, the bonus (B, T, H, 1), and the mixed v where v is given.
+    def operands(self, r: Tensor, k: Tensor, w: Tensor, a: Tensor, *residual: Tensor) -> tuple[Tensor, ...]:
+        """log_w, k, -kk and kk a (B, T, H, N) as WKV7 reads them, the bonus (B, T, H, 1), and v (B, T, H, N) behind layer 0.
 
-        r, k, v, v_first (B, T, C); w, a, v_mix (B, T, D): the insides of the LoRAs.
+        r, k (B, T, C); w, a (B, T, D), the insides of the LoRAs; residual: v, v_first (B, T, C) and the inside of v's LoRA.
         """
         H, N = self.r_k.shape
         heads = (*k.shape[:-1], H, N)
@@ -100,9 +109,10 @@ class TimeMix(nn.Module):
         k = (k * (1 + (a - 1) * self.k_a)).view(heads)
         bonus = (r.view(heads) * k * self.r_k).sum(-1, keepdim=True)
         found = (log_w.view(heads), k, -kk, kk * a.view(heads), bonus)
-        if v is None:
+        if not residual:
             return found
-        return *found, torch.lerp(v, v_first, torch.sigmoid(self.v0 + v_mix @ self.v2)).view(heads)
+        v, v_first, mix = residual
+        return *found, torch.lerp(v, v_first, torch.sigmoid(self.v0 + mix @ self.v2)).view(heads)
 
     def gated(self, y: Tensor, g: Tensor) -> tuple[Tensor]:
         """What the output projection reads, (B, T, C); g (B, T, D) is the inside of the gate's LoRA."""
@@ -123,7 +133,7 @@ class TimeMix(nn.Module):
         """
         B, T, C = x.shape
         H, N = self.r_k.shape
-        own = list(self.parameters(recurse=False))
+        own = tuple(self.parameters(recurse=False))
         with remade(self.lerps, x, shift, reset, trained=own) as (xr, xw, xk, xv, xa, xg):
             r = self.receptance(xr)
             k = self.key(xk)
@@ -131,16 +141,16 @@ class TimeMix(nn.Module):
             w = torch.tanh(xw @ self.w1)
             a = xa @ self.a1
             g = torch.sigmoid(xg @ self.g1)
-            residual = (None, None, None) if self.first else (v, v_first, xv @ self.v1)
+            residual = () if v_first is None else (v, v_first, xv @ self.v1)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
-        with remade(self.operands, r, k, w, a, *residual, trained=own) as (log_w, k, minus_kk, kk_a, bonus, *mixed_v):
-            r = r.view(B, T, H, N)
-            if self.first:
-                v_first, mixed_v = v, [v.view(B, T, H, N)]
-            y, wkv = wkv7(r, log_w, k, *mixed_v, minus_kk, kk_a, wkv, reset, op)
+        with remade(self.operands, r, k, w, a, *residual, trained=own) as (log_w, k, minus_kk, kk_a, bonus, *mixed):
+            if v_first is None:
+                v_first, mixed = v, [v.view(B, T, H, N)]
+            (v,) = mixed
+            y, wkv = wkv7(r.view(B, T, H, N), log_w, k, v, minus_kk, kk_a, wkv, reset, op)
             y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
-            y = torch.addcmul(y, bonus, *mixed_v).view(B, T, C)
+            y = torch.addcmul(y, bonus, v).view(B, T, C)
         with remade(self.gated, y, g, trained=own) as (gated,):
             return self.output(gated), v_first, x.select(1, -1), wkv
 
