@@ -11,8 +11,9 @@ from ..errors import UserError
 from .base import USUAL, Execution, LanguageModel, Sizes, State
 from .rwkv import version_of
 from .x060 import RWKV6
+from .x070 import RWKV7
 
-MODELS: dict[str, type[LanguageModel]] = {model.version: model for model in (RWKV6,)}
+MODELS: dict[str, type[LanguageModel]] = {model.version: model for model in (RWKV6, RWKV7)}
 
 
 def recognise(tensors: Mapping[str, Tensor], source: str) -> type[LanguageModel]:

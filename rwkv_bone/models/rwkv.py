@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -86,6 +86,8 @@ def recomputed_block(block: Callable, x: Tensor, carry: Tensor | None, state: La
 class RWKV(LanguageModel):
     """Blocks between `emb` and `head`. A version gives `Sizes`, `Block` and the names of its time mixing's parameters.
 
+    `Sizes` says by `time_state` whether the file has a trained initial state, and `block.att.add_initial_state()` makes one.
+
     `Block(sizes, layer)` maps (x (B, T, C), carry, state, reset, op) to (x, carry, state); `carry` is what a layer hands to the
     next ones beside x, None at first.
     """
@@ -103,6 +105,11 @@ class RWKV(LanguageModel):
         self.blocks = nn.ModuleList(self.Block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = linear(sizes.n_embd, sizes.vocab_size)
+
+    def cannot(self, feature: str) -> str:
+        if feature == "pack" and self.sizes.time_state:
+            return "documents in one row cannot each begin with the model's trained initial state"
+        return super().cannot(feature)
 
     # ------------------------------------------------ computing
 
@@ -135,8 +142,9 @@ class RWKV(LanguageModel):
     @torch.no_grad()
     def initialise(self, seed: int | None = None) -> "RWKV":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
+        places = self.state_dict()
         for name, tensor in self.initial_values(self.sizes, generator):
-            self.get_parameter(name).copy_(tensor)
+            places[name].copy_(tensor)
         return self
 
     @classmethod
@@ -173,6 +181,14 @@ class RWKV(LanguageModel):
     @classmethod
     def is_initial_state(cls, name: str) -> bool:
         return name.endswith(".att.time_state")
+
+    def add_initial_state(self) -> list[str]:
+        if not self.sizes.time_state:
+            self.sizes = replace(self.sizes, time_state=True)
+            for block in self.blocks:
+                att: Any = block.att
+                att.add_initial_state()
+        return [f"blocks.{layer}.att.time_state" for layer in range(self.sizes.n_layer)]
 
     # ------------------------------------------------ for people
 

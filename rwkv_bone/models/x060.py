@@ -6,7 +6,7 @@ Sizes: B batch, T time, C n_embd, A dim_att = H * N (H heads of size N), F dim_f
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -174,20 +174,8 @@ class RWKV6(RWKV):
     def is_time(cls, name: str) -> bool:
         return name.rpartition(".")[2].startswith("time_")
 
-    def cannot(self, feature: str) -> str:
-        if feature == "pack" and self.sizes.time_state:
-            return "documents in one row cannot each begin with the model's trained initial state"
-        return super().cannot(feature)
-
     def lr_multiplier(self, name: str) -> float:
         return 2.0 if name.endswith(".time_decay") else 1.0
-
-    def add_initial_state(self) -> list[str]:
-        if not self.sizes.time_state:
-            self.sizes = replace(self.sizes, time_state=True)
-            for block in self.blocks:
-                block.att.add_initial_state()
-        return [f"blocks.{layer}.att.time_state" for layer in range(self.sizes.n_layer)]
 
     def kernels(self, device: str, dtype: torch.dtype) -> str:
         return f"WKV6: {describe(device, dtype, self.sizes.head_size, self.execution.op)}"

@@ -1,0 +1,309 @@
+"""RWKV-7 "Goose" (x070), arXiv 2503.14456: token shift, WKV7 time mixing with a value residual, channel mixing.
+
+The parameters carry the names, shapes and order of BlinkDL's `.pth` files, so `state_dict()` is such a file.
+Sizes: B batch, T time, C n_embd = H * N (H heads of size N), F dim_ffn, V vocabulary, D the rank of one of four LoRAs:
+w (decay), a (in-context learning rate), v (value residual), g (gate).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..ops.recompute import remade
+from ..ops.wkv7 import describe, wkv7
+from .base import WebNames
+from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
+
+LN_X_EPS = 64e-5  # for every head size
+KK_EPS = 1e-12
+LERPS = "rwkvag"  # the inputs of the time mixing, in the order of the file
+RANKS = {"w": "d_decay_lora", "a": "d_aaa_lora", "v": "d_mv_lora", "g": "d_gate_lora"}
+
+
+@dataclass(frozen=True)
+class RWKV7Sizes(RWKVSizes):
+    """dim_att is n_embd. Layer 0 has no use for v0, v1 and v2, and files have them or not: `v_in_layer_0`."""
+
+    d_decay_lora: int
+    d_aaa_lora: int
+    d_mv_lora: int
+    d_gate_lora: int
+    v_in_layer_0: bool = True
+    time_state: bool = False  # a trained initial state in every layer (state tuning)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+class TimeMix(nn.Module):
+    v0: Tensor
+    v1: Tensor
+    v2: Tensor
+
+    def __init__(self, sizes: RWKV7Sizes, layer: int):
+        super().__init__()
+        C, H, N = sizes.n_embd, sizes.n_head, sizes.head_size
+        Dw, Da, Dv, Dg = sizes.d_decay_lora, sizes.d_aaa_lora, sizes.d_mv_lora, sizes.d_gate_lora
+        self.first = layer == 0
+        for name in LERPS:
+            setattr(self, f"x_{name}", parameter(1, 1, C))
+        self.w0 = parameter(1, 1, C)
+        self.r_k = parameter(H, N)
+        self.w1 = parameter(C, Dw)
+        self.w2 = parameter(Dw, C)
+        self.a1 = parameter(C, Da)
+        self.a2 = parameter(Da, C)
+        self.a0 = parameter(1, 1, C)
+        self.g1 = parameter(C, Dg)
+        self.g2 = parameter(Dg, C)
+        for name, shape in (("v2", (Dv, C)), ("v1", (C, Dv)), ("v0", (1, 1, C))):
+            if not self.first:
+                setattr(self, name, parameter(*shape))
+            elif sizes.v_in_layer_0:  # kept for the file; not used, so not trained
+                self.register_buffer(name, torch.empty(shape))
+        self.k_k = parameter(1, 1, C)
+        self.k_a = parameter(1, 1, C)
+        if sizes.time_state:
+            self.add_initial_state()
+        self.receptance = linear(C, C)
+        self.key = linear(C, C)
+        self.value = linear(C, C)
+        self.output = linear(C, C)
+        self.ln_x = nn.GroupNorm(H, C, eps=LN_X_EPS)
+
+    def add_initial_state(self) -> None:
+        """An initial state of zeros, [value, key]."""
+        H, N = self.r_k.shape
+        self.time_state = nn.Parameter(self.r_k.new_zeros(H, N, N))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("k_k", "k_a", "time_state"):  # after v0, also where that is a buffer: there are readers that go by position
+            if prefix + name in destination:
+                destination[prefix + name] = destination.pop(prefix + name)
+
+    def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, ...]:
+        """The six inputs xr, xw, xk, xv, xa, xg (B, T, C): x moved towards the token before it."""
+        dx = shift_difference(x, shift, reset)
+        return tuple(torch.addcmul(x, dx, getattr(self, f"x_{name}")) for name in LERPS)
+
+    def operands(self, r: Tensor, k: Tensor, w: Tensor, a: Tensor, *residual: Tensor) -> tuple[Tensor, ...]:
+        """log_w, k, -kk and kk a (B, T, H, N) as WKV7 reads them, the bonus (B, T, H, 1), and v (B, T, H, N) behind layer 0.
+
+        r, k (B, T, C); w, a (B, T, D), the insides of the LoRAs; residual: v, v_first (B, T, C) and the inside of v's LoRA.
+        """
+        H, N = self.r_k.shape
+        heads = (*k.shape[:-1], H, N)
+        # float32: x in bf16 would put the rate of decay off by up to 1.6%
+        x = self.w0 + cast(w @ self.w2, torch.promote_types(w.dtype, torch.float32))
+        log_w = -(F.logsigmoid(x) - 0.5).exp()  # -e^-0.5 sigmoid(x), with exact gradients for large x too
+        a = torch.sigmoid(self.a0 + a @ self.a2)
+        kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=KK_EPS)  # of the key before the next line
+        k = (k * (1 + (a - 1) * self.k_a)).view(heads)
+        bonus = (r.view(heads) * k * self.r_k).sum(-1, keepdim=True)
+        found = (log_w.view(heads), k, -kk, kk * a.view(heads), bonus)
+        if not residual:
+            return found
+        v, v_first, mix = residual
+        return *found, torch.lerp(v, v_first, torch.sigmoid(self.v0 + mix @ self.v2)).view(heads)
+
+    def gated(self, y: Tensor, g: Tensor) -> tuple[Tensor]:
+        """What the output projection reads, (B, T, C); g (B, T, D) is the inside of the gate's LoRA."""
+        return (y * (g @ self.g2),)
+
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor | None,
+        wkv: Tensor | None,
+        reset: Tensor | None = None,
+        op: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, v_first (B, T, C), shift (B, C), wkv (B, H, N, N) -> output (B, T, C), v_first, new shift, new wkv.
+
+        v_first is the value of layer 0, which makes it.
+        """
+        B, T, C = x.shape
+        H, N = self.r_k.shape
+        own = tuple(self.parameters(recurse=False))
+        with remade(self.lerps, x, shift, reset, trained=own) as (xr, xw, xk, xv, xa, xg):
+            r = self.receptance(xr)
+            k = self.key(xk)
+            v = self.value(xv)
+            w = torch.tanh(xw @ self.w1)
+            a = xa @ self.a1
+            g = torch.sigmoid(xg @ self.g1)
+            residual = () if v_first is None else (v, v_first, xv @ self.v1)
+        if wkv is None and hasattr(self, "time_state"):
+            wkv = self.time_state.to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
+        with remade(self.operands, r, k, w, a, *residual, trained=own) as (log_w, k, minus_kk, kk_a, bonus, *mixed):
+            if v_first is None:
+                v_first, mixed = v, [v.view(B, T, H, N)]
+            (v,) = mixed
+            y, wkv = wkv7(r.view(B, T, H, N), log_w, k, v, minus_kk, kk_a, wkv, reset, op)
+            y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
+            y = torch.addcmul(y, bonus, v).view(B, T, C)
+        with remade(self.gated, y, g, trained=own) as (gated,):
+            return self.output(gated), v_first, x.select(1, -1), wkv
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, sizes: RWKV7Sizes):
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, sizes.n_embd))
+        self.key = linear(sizes.n_embd, sizes.dim_ffn)
+        self.value = linear(sizes.dim_ffn, sizes.n_embd)
+
+    def lerp(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor]:
+        """The input of key, (B, T, C)."""
+        return (torch.addcmul(x, shift_difference(x, shift, reset), self.x_k),)
+
+    def forward(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
+        with remade(self.lerp, x, shift, reset, trained=(self.x_k,)) as (xk,):
+            k = self.key(xk)  # (B, T, F)
+        with remade(squared_relu, k) as (k,):
+            return self.value(k), x.select(1, -1)
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: RWKV7Sizes, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(sizes.n_embd)
+        self.ln2 = nn.LayerNorm(sizes.n_embd)
+        self.first = layer == 0
+        if self.first:
+            self.ln0 = nn.LayerNorm(sizes.n_embd)
+        self.att = TimeMix(sizes, layer)
+        self.ffn = ChannelMix(sizes)
+
+    def forward(
+        self, x: Tensor, carry: Tensor | None, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """`carry` is v_first (B, T, C), None before layer 0."""
+        if self.first:
+            x = self.ln0(x)
+        shift, wkv, ffn_shift = state or (None, None, None)
+        delta, carry, shift, wkv = self.att(self.ln1(x), carry, shift, wkv, reset, op)
+        x = x + delta
+        delta, ffn_shift = self.ffn(self.ln2(x), ffn_shift, reset)
+        return x + delta, carry, LayerState(shift, wkv, ffn_shift)
+
+
+class RWKV7(RWKV):
+    """An RWKV-7 language model; `LayerState.wkv` is indexed [value, key]."""
+
+    version, title = "x070", "RWKV-7 (x070)"
+    Sizes, Block = RWKV7Sizes, Block
+    template = "g1"
+    web_names = WebNames(renamed={}, transposed=tuple(f".att.{name}{i}" for name in RANKS for i in (1, 2)))
+
+    @classmethod
+    def is_time(cls, name: str) -> bool:
+        return re.search(r"\.(att|ffn)\.\w+$", name) is not None  # the mixings' own parameters
+
+    def lr_multiplier(self, name: str) -> float:
+        return 2.0 if name.endswith(".att.w0") else 1.0
+
+    def describe(self) -> str:
+        return f"{super().describe()}, LoRA ranks {', '.join(f'{name} {getattr(self.sizes, d)}' for name, d in RANKS.items())}"
+
+    def kernels(self, device: str, dtype: torch.dtype) -> str:
+        return f"WKV7: {describe(device, dtype, self.sizes.head_size, self.execution.op)}"
+
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor], source: str) -> RWKV7Sizes:
+        if found := next((name for name in tensors if ".s_emb" in name or ".qkv" in name), None):
+            raise UserError(
+                f"{source}: an rwkv7a or rwkv7b model (DeepEmbed: it has {found}), which is another architecture; "
+                "use a plain RWKV-7 model, such as one of the rwkv7-g1 files"
+            )
+        return super().sizes_of(tensors, source)
+
+    @classmethod
+    def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKV7Sizes:
+        vocab_size, n_embd = tensors["emb.weight"].shape
+        _, head_size = tensors["blocks.0.att.r_k"].shape
+        dim_ffn, _ = tensors["blocks.0.ffn.key.weight"].shape
+        v_in_layer_0 = any(f"blocks.0.att.v{i}" in tensors for i in range(3))
+        ranks = {}
+        for name, size in RANKS.items():
+            layer = 1 if name == "v" and n_layer > 1 else 0
+            has = name != "v" or layer or v_in_layer_0
+            _, ranks[size] = tensors[f"blocks.{layer}.att.{name}1"].shape if has else (n_embd, 0)
+        state = "blocks.0.att.time_state" in tensors
+        return RWKV7Sizes(
+            vocab_size, n_layer, n_embd, n_embd, dim_ffn, head_size, **ranks, v_in_layer_0=v_in_layer_0, time_state=state
+        )
+
+    @classmethod
+    def default_sizes(cls, given: Mapping[str, int]) -> RWKV7Sizes:
+        """With the LoRA ranks of RWKV-LM (RWKV-v7/train_temp/src/model.py)."""
+        C = given["n_embd"]
+        if given.get("dim_att", 0) not in (0, C):
+            raise UserError(f"--dim_att {given['dim_att']}: in {cls.title} it is --n_embd, {C}; leave it out")
+        sizes = {size: max(32, round(factor * C**0.5 / 32) * 32) for size, factor in zip(RANKS.values(), (2.5, 2.5, 1.7, 5))}
+        sizes |= {name: size for name, size in given.items() if size}
+        return RWKV7Sizes(**{**sizes, "dim_att": C, "dim_ffn": sizes.get("dim_ffn", 4 * C)})
+
+    @classmethod
+    def initial_values(cls, sizes: RWKV7Sizes, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """RWKV-LM's initial value of each parameter (RWKV-v7/train_temp/src/model.py: RWKV_Tmix_x070, generate_init_weight)."""
+        V, C, L, N = sizes.vocab_size, sizes.n_embd, sizes.n_layer, sizes.head_size
+        powers = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
+        channel = torch.arange(C) / C  # 0 to almost 1
+        whole = torch.arange(C) / max(C - 1, 1)  # 0 to 1
+        linear = whole - 0.5
+        zigzag = (torch.arange(C) % N) / max((N - 1) / 2, 0.5) - 1  # in each head -1 to 1
+        zigzag = zigzag * zigzag.abs()
+
+        def orthogonal(shape: tuple[int, ...], gain: float) -> Tensor:
+            return nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
+
+        for key, shape in cls.shapes(sizes).items():
+            layer = int(key.split(".")[1]) if key.startswith("blocks.") else 0
+            name = key.split(".", 2)[2] if key.startswith("blocks.") else key
+            depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
+            rest = 1 - layer / L  # 1 to almost 0
+            match name.removeprefix("att."):
+                case "emb.weight":
+                    value = torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
+                case "head.weight":
+                    value = orthogonal(shape, 0.5 * max(1.0, math.sqrt(V / C)))
+                case "x_r" | "x_w" | "x_k" | "x_v" | "x_a" | "x_g" as lerp:
+                    value = 1 - channel ** (powers[lerp] * rest)
+                case "ffn.x_k":
+                    value = 1 - channel ** (rest**4)
+                case "w0":
+                    value = -6 + 6 * whole ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
+                case "a0":
+                    value = -0.19 + 0.3 * zigzag + 0.4 * linear
+                case "v0":
+                    value = 0.73 - 0.4 * linear
+                case "k_k":
+                    value = 0.71 - 0.1 * linear
+                case "k_a":
+                    value = torch.full(shape, 1.02)
+                case "r_k":
+                    value = torch.full(shape, -0.04)
+                case "w2" | "a2" | "v2" | "g2":
+                    value = orthogonal(shape, 0.1 * max(1.0, math.sqrt(shape[0] / shape[1])))
+                case "ln_x.weight":
+                    value = torch.full(shape, ((1 + layer) / L) ** 0.7)
+                case "key.weight":
+                    value = orthogonal(shape, 0.1)
+                case "receptance.weight" | "value.weight" | "ffn.key.weight":
+                    value = orthogonal(shape, 1.0)
+                case "output.weight" | "ffn.value.weight" | "w1" | "a1" | "v1" | "g1" | "time_state":
+                    value = torch.zeros(shape)
+                case _:  # the norms
+                    value = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+            yield key, value.view(shape)
