@@ -12,6 +12,7 @@ from rwkv_bone.training.optimiser import MasterWeights, make_optimiser
 from rwkv_bone.training.schedule import learning_rate
 from tests.runs import lines, make_world, run_to_end
 
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("optimiser"))

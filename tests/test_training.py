@@ -20,8 +20,8 @@ from rwkv_bone.files.adapters import load_adapter, read_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.generate import command as generate
-from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.float32 import onednn_is_right
+from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.plot import read_run
 from rwkv_bone.training.loader import TrainingData
 from rwkv_bone.training.logs import Logs, StepRecord, say

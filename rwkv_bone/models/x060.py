@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.recompute import recompute_in_backward
 from ..ops.wkv6 import cpu as wkv6_cpu
 from ..ops.wkv6 import cuda as wkv6_cuda
-from ..ops.recompute import recompute_in_backward
 from ..ops.wkv6 import describe, wkv6
 from .base import WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu

@@ -153,7 +153,7 @@ def other_loggers(config: TrainConfig, folder: RunFolder) -> list[Callable[[dict
                 import wandb
 
                 run = wandb.init(project=config.wandb, dir=config.proj_dir, config=json.loads(config.to_json()))
-                loggers.append(lambda values, step: run.log(values, step=step))
+                loggers.append(run.log)
             else:
                 from torch.utils.tensorboard import SummaryWriter
 
