@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from rwkv_bone.compare.command import main as compare
+from rwkv_bone.compare.comparison import Comparison
+from rwkv_bone.compare.one_run import measure
+from rwkv_bone.compare.study import Study
 from rwkv_bone.evaluate.command import main as evaluate
 from rwkv_bone.files.adapters import load_adapter
 from rwkv_bone.files.models import load_model
@@ -143,5 +146,11 @@ def test_it_is_sampled_measured_and_compared(world, capsys):
               "ctx_len": 24, "micro_bsz": 4, "threads": 1, "accelerator": "cpu", "held_out_documents": 4,
               "methods": {"bone": {"r": 8}, "lora": {}}, "lrs": [1e-2], "extend": 0, "refine": 0, "seeds": [0]}  # fmt: skip
     (world / "config.json").write_text(json.dumps(config))
-    compare([str(world / "config.json")])
-    assert "bone" in capsys.readouterr().out
+    study = Study(Comparison.read(world / "config.json"), world / "config")
+    while waiting := study.to_do():  # here, and not in processes of their own, which would not know the model
+        (world / "config/running" / study.key(waiting[0])).mkdir(parents=True)
+        config, base = study.config(waiting[0]), waiting[0].entry.method == "base"
+        study.add(waiting[0], measure(config, base, study.documents, study.held_out, study.held_out_ids))
+    compare([str(world / "config.json"), "--report"])
+    table = (world / "config/table.md").read_text()
+    assert "bone" in table and "lora" in table
