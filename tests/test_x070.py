@@ -80,8 +80,8 @@ def bonus_before_the_norm(model, monkeypatch):
     wkv7, operands, seen = x070.wkv7, TimeMix.operands, {}
 
     def without(self, *inputs):
-        *found, seen["bonus"] = operands(self, *inputs)[:5]
-        return *found, torch.zeros_like(seen["bonus"]), *operands(self, *inputs)[5:]
+        log_w, k, minus_kk, kk_a, seen["bonus"], *rest = operands(self, *inputs)
+        return log_w, k, minus_kk, kk_a, torch.zeros_like(seen["bonus"]), *rest
 
     def wrong(r, log_w, k, v, *rest):
         y, state = wkv7(r, log_w, k, v, *rest)
@@ -171,7 +171,7 @@ def test_names_have_the_releases_order_with_and_without_the_unused_tensors(v_in_
     wanted = ["emb.weight", *blocks, "ln_out.weight", "ln_out.bias", "head.weight"]
     assert list(RWKV7.shapes(model.sizes)) == [name for name in wanted if v_in_layer_0 or name not in unused]
     assert list(model.state_dict()) == list(RWKV7.shapes(model.sizes))
-    assert len(RWKV7.shapes(model.sizes)) == 33 * 2 + 6 - 3 * (not v_in_layer_0) + 2 + 2
+    assert len(RWKV7.shapes(model.sizes)) == 33 * 2 + 6 - 3 * (not v_in_layer_0)
     model.add_initial_state()
     assert list(model.state_dict()) == list(RWKV7.shapes(model.sizes))
 
