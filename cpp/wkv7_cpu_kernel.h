@@ -231,12 +231,17 @@ template <class F> struct Heads {
                 }
         });
     }
-    // Asks for a chunk's rows ahead of their use.
+    // Asks for the rows of 16 tokens ahead of their use, between the steps of the chunk before: rows are `stride` apart, which is
+    // more than a processor foresees.
     INLINE void fetch(const void* tensor, int type, Place at) const {
-        int64_t size = type == kBFloat16 ? 2 : sizeof(F);
+        int64_t size = type == kBFloat16 ? 2 : sizeof(F), n = least(L, p.T - at.t);
         const char* row = static_cast<const char*>(tensor) + ((b * p.T + at.t) * stride + at.h * N) * size;
-        for (int64_t t = 0; t < at.n; t++, row += stride * size)
-            for (int64_t j = 0; j < N * size; j += 64) __builtin_prefetch(row + j, 0, 3);
+        for (int64_t t = 0; t < n; t++, row += stride * size)
+            for (int64_t j = 0; j < N * size; j += 64) __builtin_prefetch(row + j, 0, 2);
+    }
+    // The chunk that most likely follows: the head's next, or another head's first.
+    Place following(Place at, int64_t start, int64_t end) const {
+        return at.t + at.n < end ? Place{at.h, at.t + at.n, 0} : at.h + 1 < h1 ? Place{at.h + 1, start, 0} : Place{h0, least(end, p.T - 1), 0};
     }
 
     // Panels first <= c < last of a matrix of N rows, of which rows i0 <= i < i1 are known or wanted.
@@ -352,17 +357,20 @@ template <class F> struct Heads {
                 for (int64_t t = start, next; t < end; t = next) {
                     if (resets(t)) memset(state, 0, square * sizeof(F));
                     next = cut(t, least(t + L, end));
-                    forward_chunk(s, {h, t, next - t}, state, keys, y);
+                    Place at{h, t, next - t};
+                    forward_chunk(s, at, following(at, start, end), state, keys, y);
                 }
             }
         for (int64_t i = 0; i < n; i++) save_transposed(to + i * N * N, states + i * square);
     }
 
-    void forward_chunk(const Slot<F>& s, Place at, F* state, F* keys, F* y) const {
+    void forward_chunk(const Slot<F>& s, Place at, Place next, F* state, F* keys, F* y) const {
         prepare(s, at, false);
         load(s.v, 0, p.v, at);
+        fetch(p.log_w, p.w_type, next), fetch(p.a, p.type, next);
         transpose_stack(keys, s.k, 0, nv);
         scores(s.c, s.q, keys, 0, N);
+        fetch(p.r, p.type, next), fetch(p.k, p.type, next);
         by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
             values<n.value>(s, state, j);
             F* v = s.v + j * kStack * W;
@@ -375,6 +383,7 @@ template <class F> struct Heads {
             }
             F* here = state + j * np * W;
             update<n.value, true>(here, here, s.decay, s.k, v, np, 0, N);
+            if (j == j0) fetch(p.b, p.type, next), fetch(p.v, p.type, next);
         });
         save({p.y, p.type}, y, L, at, j0, j1, [](int t) { return t; });
     }
@@ -426,7 +435,7 @@ template <class F> struct Heads {
                     int64_t chunks = (end - t + L - 1) / L;
                     for (int64_t i = 0; i < chunks; i++) {
                         Place at{h, t + i * L, least(L, end - t - i * L)};
-                        rebuild(Slot<F>(slots + i * size, nv, true), at, work.transposed, states + i * odd, i + 1 < chunks ? odd : 0);
+                        rebuild(Slot<F>(slots + i * size, nv, true), at, following(at, start, end), work.transposed, states + i * odd, i + 1 < chunks ? odd : 0);
                     }
                     for (int64_t i = chunks - 1; i >= 0; i--) {
                         Place at{h, t + i * L, least(L, end - t - i * L)};
@@ -446,14 +455,17 @@ template <class F> struct Heads {
     }
 
     // Fills the slot from the transposed state before the chunk; the state after it goes `next` behind it, if that is not 0.
-    void rebuild(const Slot<F>& s, Place at, F* keys, F* state, int64_t next) const {
+    void rebuild(const Slot<F>& s, Place at, Place then, F* keys, F* state, int64_t next) const {
         prepare(s, at, true);
         load(s.v, 0, p.v, at);
+        fetch(p.log_w, p.w_type, then), fetch(p.a, p.type, then), fetch(p.gy, p.type, at);
         transpose_stack(keys, s.k, 0, nv);
         scores(s.c, s.q, keys, 0, N);
+        fetch(p.r, p.type, then), fetch(p.k, p.type, then);
         by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
             F* here = state + j * np * W;
             values<n.value>(s, state, j);
+            if (j == j0) fetch(p.b, p.type, then), fetch(p.v, p.type, then);
             if (next) update<n.value, true>(here + next, here, s.decay, s.k, s.v + j * kStack * W, np, 0, N);
         });
     }

@@ -8,6 +8,8 @@ becomes zero. Over any 16 tokens log_w may sum to -87 at the least (the model's 
 
 import ctypes
 import functools
+import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,6 @@ def source_dir() -> Path:
 
 
 def build_library(cache: Path | None = None) -> Path:
-    import platform
-
     cpp = source_dir()
     names = VARIANTS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
     source = cpp / "wkv7_cpu.cpp"
@@ -57,6 +57,11 @@ def variants() -> list[str]:
     return [name for name, number in VARIANTS.items() if library().wkv7_cpu_has(number)]
 
 
+def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a result, of which the kernel writes every element and nothing beside it."""
+    return torch.empty(shape, dtype=dtype)
+
+
 def describe(dtype: torch.dtype, N: int) -> str:
     variant = "portable" if dtype == torch.float64 else variants()[-1]
     return f"C++ kernel, {variant}, {counted(torch.get_num_threads(), 'thread')}"
@@ -74,10 +79,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states that backward needs (empty unless `save`)."""
     B, T, H, N = r.shape
-    y = torch.empty_like(r)
+    y = new(r.shape, r.dtype)
     state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    final_state = torch.empty(B, H, N, N, dtype=state_dtype)
-    saved = torch.empty(saved_shape(r) if save else 0, dtype=state_dtype)
+    final_state = new((B, H, N, N), state_dtype)
+    saved = new(saved_shape(r) if save else (0,), state_dtype)
     library().wkv7_cpu_forward(
         VARIANTS[variant or variants()[-1]], threads or torch.get_num_threads(), torch_threads(),
         DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
@@ -94,8 +99,8 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, log_w, k, v, a, b and state from those of y and of the final state."""
     B, T, H, N = r.shape
-    gradients = [torch.empty_like(x) for x in (r, log_w, k, v, a, b)]
-    gstate = saved.new_empty(B, H, N, N)
+    gradients = [new(x.shape, x.dtype) for x in (r, log_w, k, v, a, b)]
+    gstate = new((B, H, N, N), saved.dtype)
     library().wkv7_cpu_backward(
         VARIANTS[variant or variants()[-1]], threads or torch.get_num_threads(), torch_threads(),
         DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
