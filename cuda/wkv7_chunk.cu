@@ -106,6 +106,9 @@ DEVICE void for_each(Tile& t, int lane, F f) {
 #pragma unroll
     for (int i = 0; i < 4; i++) f(t.half[n].c[i], row_of(lane) + i / 2 * 8, 8 * n + col_of(lane) + i % 2);
 }
+DEVICE Block chosen(bool first, const Block& a, const Block& b) {  // without a branch
+  return {{first ? a.x[0] : b.x[0], first ? a.x[1] : b.x[1], first ? a.x[2] : b.x[2], first ? a.x[3] : b.x[3]}};
+}
 // b with the columns for which keep(column) is false set to zero
 template <class Keep>
 DEVICE Block kept_columns(Block b, int lane, Keep keep) {
@@ -594,10 +597,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         add_product(d_k, V, G_q);
         add_product(d_b, U, G_q);
         add_product(S_G, S, G_q);
-        if (warp == 0) add_product(d_matrix, gY, V);
-        else if (warp == 1) add_product(d_matrix, gY, U);
-        else if (warp == 2) add_product(d_matrix, dP, V);
-        else add_product(d_matrix, dP, U);
+        add_product(d_matrix, chosen(warp < 2, gY, dP), chosen(warp % 2 == 0, V, U));
       }
       const int begin[2] = {resets.before(row_of(lane)), resets.before(row_of(lane) + 8)};
       const bool with_itself = warp < 2;  // dArk and dArb have a diagonal
