@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.models import MODELS, LanguageModel
 
 hypothesis.settings.register_profile("ours", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("ours")
@@ -38,10 +38,14 @@ def tiny(data) -> Path:
     return data / "tiny-rwkv6-1m.pth"
 
 
-def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes) -> RWKV:
+SMALL = {"vocab_size": 50, "n_layer": 2, "n_embd": 24, "dim_att": 16, "dim_ffn": 40, "head_size": 8}
+RANKS = {"x060": {"d_mix_lora": 4, "d_decay_lora": 6}}
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, version: str = "x060", **sizes) -> LanguageModel:
     """A new model in which no parameter is zero, so that every path counts."""
-    sizes = {"vocab_size": 50, "n_layer": 2, "n_embd": 24, "dim_att": 16, "dim_ffn": 40, "head_size": 8, **sizes}
-    model = RWKV(ModelConfig(d_mix_lora=4, d_decay_lora=6, **sizes)).initialise(seed).to(dtype)
+    kind = MODELS[version]
+    model = kind(kind.Sizes(**{**SMALL, **RANKS[version], **sizes})).initialise(seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

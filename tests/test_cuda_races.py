@@ -13,7 +13,9 @@ import pytest
 import torch
 from cuda_shim import CUDA, TESTS, compile_for_cpu, make_inputs
 
-from rwkv_bone.ops import bone_cuda, wkv6_cuda
+from rwkv_bone.ops.bone import cuda as bone_cuda
+from rwkv_bone.ops.cuda import declare
+from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_bone.ops.wkv7 import cuda as wkv7_cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -76,11 +78,11 @@ def run_bone(lib: ctypes.CDLL) -> None:
 
 
 KERNELS = {
-    "wkv6_chunk": (wkv6_cuda.declare, run_chunk),
-    "wkv6_sequential": (wkv6_cuda.declare, run_sequential),
-    "wkv7_chunk": (wkv7_cuda.declare, run_wkv7_chunk),
-    "wkv7_sequential": (wkv7_cuda.declare, run_wkv7_sequential),
-    "bone": (bone_cuda.declare, run_bone),
+    "wkv6_chunk": (wkv6_cuda.FUNCTIONS, run_chunk),
+    "wkv6_sequential": (wkv6_cuda.FUNCTIONS, run_sequential),
+    "wkv7_chunk": (wkv7_cuda.FUNCTIONS, run_wkv7_chunk),
+    "wkv7_sequential": (wkv7_cuda.FUNCTIONS, run_wkv7_sequential),
+    "bone": (bone_cuda.FUNCTIONS, run_bone),
 }
 
 
@@ -110,8 +112,8 @@ def test_a_barrier_left_out_is_found(name, barrier, tmp_path):
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel, path = sys.argv[1:]
-    declare, run = KERNELS[kernel]
-    library = declare(ctypes.CDLL(path))
+    functions, run = KERNELS[kernel]
+    library = declare(ctypes.CDLL(path), functions)
     for seed in range(3):
         library.cuda_shim_seed(seed)
         run(library)

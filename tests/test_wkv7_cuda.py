@@ -8,7 +8,7 @@ import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops.wkv6_cuda import build_library, nvcc
+from rwkv_bone.ops.cuda import build_library, declare, nvcc
 from rwkv_bone.ops.wkv7 import cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -58,7 +58,7 @@ def reference(inputs, gy, g_final):
 def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wkv7")
     paths = {name: compile_for_cpu(CUDA / f"wkv7_{name}.cu", folder) for name in ("sequential", "chunk")}
-    return {name: cuda.declare(ctypes.CDLL(str(path))) for name, path in paths.items()}
+    return {name: declare(ctypes.CDLL(str(path)), cuda.FUNCTIONS) for name, path in paths.items()}
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_nvcc_builds_a_library_that_loads(kernel, tmp_path):
         nvcc()
     except UserError as absent:
         pytest.skip(str(absent))
-    lib = cuda.declare(ctypes.CDLL(str(build_library(f"wkv7_{kernel}", (8, 0), cache=tmp_path))))
+    lib = declare(ctypes.CDLL(str(build_library(f"wkv7_{kernel}", (8, 0), cache=tmp_path))), cuda.FUNCTIONS)
     forward, no_work = getattr(lib, f"wkv7_{kernel}_forward"), 0
     arguments = [no_work if kind in (ctypes.c_int, ctypes.c_int64) else None for kind in forward.argtypes]
     assert forward(*arguments) == 1  # cudaErrorInvalidValue: no batch rows

@@ -7,20 +7,20 @@ adapter file = model. The sidecar `.json` of the same name is the record's copy,
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
 from ..interop import hf_peft as hf
 from ..interop.rwkv_peft import UNAIDED, Foreign, translate
-from ..models.x060 import RWKV, ModelConfig, TimeMix
+from ..models import LanguageModel
 from ..peft import METHODS, AdapterLinear
-from ..peft.adapter import Weight, weight_of
+from ..peft.adapter import Weight, weight_and_bias
 from .atomic import atomic
 from .pth import FLOATS, Streamed, check_sums, layout_of, open_tensors, write_pth
 
@@ -65,22 +65,21 @@ def read_info(path: str | Path) -> dict[str, Any] | None:
 
 
 class Adapter:
-    """An adapter's file, opened and checked against the sizes of the model it is for. Its tensors are read as they are used.
+    """An adapter's file, opened and checked against the model that it is for. Its tensors are read as they are used.
 
     `layers`: projection -> keys of its adapter's tensors. `parts`: tensors of the base that were trained in full beside it.
     """
 
-    def __init__(self, path: str | Path, sizes: ModelConfig, foreign: Foreign = UNAIDED):
+    def __init__(self, path: str | Path, kind: type[LanguageModel], sizes: Any, foreign: Foreign = UNAIDED):
         tensors, self.info = read_adapter(path, foreign)
-        self.path = Path(path)
+        self.path, self.kind = Path(path), kind
         self.method, self.config = method_of(self.info, path)
-        shapes = replace(sizes, time_state=True).shapes()
+        shapes = kind.shapes(sizes, initial_state="state" in kind.capabilities)
         self.parts = [name for name in tensors if name in shapes]
-        if self.method is None and "blocks.0.att.key.weight" in self.parts:
+        self.initial_state = any(map(kind.is_initial_state, self.parts))
+        if self.method is None and sum(not kind.is_initial_state(name) for name in shapes) == len(self.parts):
             raise UserError(f"{path}: is a whole model, not an adapter: use it as it is, or as the base")
-        of_base, here = self.info["base"].get("sizes"), {**asdict(sizes), "time_state": None}
-        if isinstance(of_base, dict) and {**here, **of_base, "time_state": None} != here:
-            raise self.of_another_base("give that one")  # by --force neither
+        self.check_model(kind, sizes)
         self.layers: dict[str, list[str]] = {}
         for name in tensors:
             if name not in shapes:
@@ -90,24 +89,32 @@ class Adapter:
         own = "foreign" not in self.info
         self.tensors = Streamed(lambda: open_tensors(path) if own else open_foreign(path, foreign)[0])
 
+    def check_model(self, kind: type[LanguageModel], sizes: Any) -> None:
+        """The version and the sizes of the base that the adapter names must be these; by --force neither."""
+        base = self.info["base"]
+        if base.get("version", kind.version) != kind.version:
+            raise UserError(f"{self.path}: is an adapter for a {base['version']} model, and the base is {kind.title}")
+        named, here = base.get("sizes"), asdict(sizes)
+        if isinstance(named, dict) and any(named[name] != here[name] for name in named if type(here.get(name)) is int):
+            raise self.of_another_base("give that one")
+
     def check(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor must find its place in the model, and have the shape that is wanted there."""
-        odd = [layer for layer in self.layers if self.method is None or not is_projection(shapes.get(f"{layer}.weight"), layer)]
+        odd = [layer for layer in self.layers if self.method is None or len(shapes.get(f"{layer}.weight", ())) != 2]
         if odd:
             names = [name for name in tensors if name.rpartition(".")[0] in odd]
             raise UserError(f"{self.path}: {len(names)} tensors that this model has no place for ({', '.join(names[:3])})")
         wanted = {name: shapes[name] for name in self.parts}
         for layer in self.layers:
             wanted |= {f"{layer}.{key}": shape for key, shape in self.shapes_at(shapes[f"{layer}.weight"]).items()}
-        states = [name for name in shapes if name.endswith(".time_state")]
-        if any(name in wanted for name in states):
-            wanted |= {name: shapes[name] for name in states}  # all layers' or none
+        if self.initial_state:
+            wanted |= {name: shape for name, shape in shapes.items() if self.kind.is_initial_state(name)}  # all layers' or none
         if missing := [name for name in wanted if name not in tensors]:
             raise UserError(f"{self.path}: lacks {len(missing)} of its tensors ({', '.join(missing[:3])})")
         for name, tensor in tensors.items():
             if name not in wanted:
                 raise UserError(f"{self.path}: {name} is no tensor of the method {self.info['method']}")
-            if tuple(tensor.shape) != wanted[name] or tensor.dtype not in FLOATS:
+            if tuple(tensor.shape) != wanted[name] or tensor.dtype not in FLOATS or tensor.is_meta:
                 came, options = f"{tensor.dtype} {tuple(tensor.shape)}", f" and {self.config}" if self.config else ""
                 raise UserError(f"{self.path}: {name} is {came}; for this model{options} it must be {wanted[name]}")
 
@@ -136,12 +143,12 @@ class Adapter:
         """Whether the base's tensor of that name is another after merging."""
         return name in self.parts or name.removesuffix(".weight") in self.layers
 
-    def layer(self, name: str, weight: Weight) -> AdapterLinear:
-        """The adapter on one projection, whose base weight is given."""
+    def layer(self, name: str, weight: Weight, bias: Tensor | None = None) -> AdapterLinear:
+        """The adapter on one projection, whose base weight and bias are given."""
         assert self.method and self.config
         if f"{name}.weight" in self.parts:
             weight = self.tensors[f"{name}.weight"].to(weight.device)
-        layer = self.method(weight, self.config)
+        layer = self.method.on(weight, self.config, bias)
         layer.load_state_dict({key: self.tensors[f"{name}.{key}"] for key in self.layers[name]}, strict=False)
         return layer
 
@@ -151,10 +158,6 @@ class Adapter:
         if name.removesuffix(".weight") in self.layers:
             return self.layer(name.removesuffix(".weight"), weight).merged_weight()
         return self.tensors[name].to(weight.device) if name in self.parts else weight
-
-
-def is_projection(shape: tuple[int, ...] | None, name: str) -> bool:
-    return shape is not None and len(shape) == 2 and name != "emb"
 
 
 def read_adapter(path: str | Path, foreign: Foreign = UNAIDED) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -171,35 +174,28 @@ def read_adapter(path: str | Path, foreign: Foreign = UNAIDED) -> tuple[dict[str
 def open_foreign(path: str | Path, foreign: Foreign) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if hf.is_folder(path):
         return hf.read_folder(path)
-    return translate(path, open_tensors(path), foreign.lora_alpha, open_tensors(foreign.init) if foreign.init else None)
+    return translate(path, open_tensors(path), foreign, open_tensors(foreign.init) if foreign.init else None)
 
 
-def load_adapter(model: RWKV, path: str | Path, force: bool = False, foreign: Foreign = UNAIDED) -> dict[str, Any]:
+def load_adapter(
+    model: LanguageModel, path: str | Path, force: bool = False, foreign: Foreign = UNAIDED
+) -> dict[str, Any]:
     """Put a saved adapter on the base model it was trained on; every tensor of the file is used. Returns what it says of itself.
 
     The adapter and the parts of the base that were trained with it train on; the rest is frozen.
     """
-    adapter = Adapter(path, model.config, foreign)
+    adapter = Adapter(path, type(model), model.sizes, foreign)
     adapter.check_base(model.fingerprint, force)
-    if any(name.endswith(".time_state") for name in adapter.parts) and not model.config.time_state:
-        add_time_state(model)
+    if adapter.initial_state:
+        model.add_initial_state()
     model.requires_grad_(False)
     for name in adapter.layers:
-        model.set_submodule(name, adapter.layer(name, weight_of(model, name)))
+        model.set_submodule(name, adapter.layer(name, *weight_and_bias(model, name)))
     for name in adapter.parts:
         parameter = model.get_parameter(name)
         parameter.data.copy_(adapter.tensors[name])
         parameter.requires_grad_(True)
     return adapter.info
-
-
-def add_time_state(model: RWKV) -> None:
-    """Give every layer an initial state of zeros, as state tuning trains it."""
-    model.config = replace(model.config, time_state=True)
-    for module in model.modules():
-        if isinstance(module, TimeMix):
-            H, N = module.time_faaaa.shape
-            module.time_state = nn.Parameter(module.time_faaaa.new_zeros(H, N, N))
 
 
 def method_of(info: Mapping[str, Any], path: str | Path) -> tuple[type[AdapterLinear] | None, AdapterLinear.Config | None]:

@@ -3,42 +3,64 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.x060 import RWKV, ModelConfig
+from ..models import USUAL, Execution, LanguageModel, recognise
 from .pth import FLOATS, open_tensors
 from .safetensors import is_safetensors
 
 
-def open_model(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Sizes and mapped tensors of an RWKV-6 `.pth`; UserError unless it is one, whole."""
+class Opened(NamedTuple):
+    """A model's file, checked and not read yet. The tensors are mapped and have the names of the file, in its order."""
+
+    kind: type[LanguageModel]
+    sizes: Any
+    tensors: dict[str, Tensor]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The tensors by the model's names of its parameters."""
+        return {self.kind.parameter_name(name): tensor for name, tensor in self.tensors.items()}
+
+
+def open_model(path: str | Path) -> Opened:
+    """The model in a file; UserError unless it is one of those in the registry, whole."""
     tensors = open_tensors(path)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: {name} is {tensor.dtype}; wanted bfloat16, float16 or float32")
         if tensor.numel() == 0:
             raise UserError(f"{path}: {name} is empty, {tuple(tensor.shape)}; the file is damaged")
-    config = ModelConfig.from_state_dict(tensors, str(path))
-    if is_safetensors(path):  # sorted by name there, and RWKV's programs want time_maa before time_faaaa
-        tensors = {name: tensors[name] for name in config.shapes()}
-    return config, tensors
+        if tensor.is_meta:
+            raise UserError(f"{path}: {name} has a shape and no values (device meta); save the model again with its weights")
+    kind = recognise(tensors, str(path))
+    named = {kind.parameter_name(name): tensor for name, tensor in tensors.items()}
+    sizes = kind.sizes_of(named, str(path))
+    if is_safetensors(path):  # sorted by name there; other programs want the order of a .pth
+        tensors = {name: named[name] for name in kind.shapes(sizes)}
+    return Opened(kind, sizes, tensors)
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> RWKV:
-    """The model of a `.pth`, strictly: each tensor goes straight from the mapped file to its place, in `dtype` if given.
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    execution: Execution = USUAL,
+) -> LanguageModel:
+    """The model of a file, strictly: each tensor goes straight from the mapped file to its place, in `dtype` if given.
 
     Without `dtype` on the CPU nothing is copied at all. `model.fingerprint` identifies the file's tensors.
     """
-    config, tensors = open_model(path)
+    opened = open_model(path)
     with torch.device("meta"):
-        model = RWKV(config)
-    fingerprint_ = fingerprint(tensors)
-    placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in tensors.items()}
+        model = opened.kind(opened.sizes, execution)
+    model.fingerprint = fingerprint(opened.tensors)
+    model.file_dtype = next(iter(opened.tensors.values())).dtype
+    placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in opened.parameters().items()}
     model.load_state_dict(placed, strict=True, assign=True)
-    model.fingerprint, model.file_dtype = fingerprint_, tensors["emb.weight"].dtype
     return model
 
 

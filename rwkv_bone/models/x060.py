@@ -5,149 +5,37 @@ Sizes: B batch, T time, C n_embd, A dim_att = H * N (H heads of size N), F dim_f
 """
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..ops.recompute import recomputed, remade
-from ..ops.wkv6 import wkv6
+from ..ops.wkv6 import cpu as wkv6_cpu
+from ..ops.wkv6 import cuda as wkv6_cuda
+from ..ops.recompute import recompute_in_backward
+from ..ops.wkv6 import describe, wkv6
+from .base import WebNames
+from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
 
 LN_X_EPS = 1e-5 * 8**2  # RWKV-LM: 1e-5 * head_size_divisor^2, with divisor 8 in every release
 LERPS = "wkvrg"  # the order of the five data-dependent lerps in time_maa_w2
 
 
-class LayerState(NamedTuple):
-    """What one block remembers: the last inputs of its two mixers, and the WKV state."""
-
-    att_shift: Tensor  # (B, C)
-    wkv: Tensor  # (B, H, N, N), indexed [key, value], at least float32
-    ffn_shift: Tensor  # (B, C)
-
-
-State = list[LayerState]
-
-
 @dataclass(frozen=True)
-class ModelConfig:
-    vocab_size: int
-    n_layer: int
-    n_embd: int
-    dim_att: int
-    dim_ffn: int
-    head_size: int
+class RWKV6Sizes(RWKVSizes):
     d_mix_lora: int = 32
     d_decay_lora: int = 64
     time_state: bool = False  # a trained initial state in every layer (state tuning)
 
-    @property
-    def n_head(self) -> int:
-        return self.dim_att // self.head_size
-
-    @classmethod
-    def new(cls, vocab_size: int, n_layer: int, n_embd: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 64):
-        """A new model's sizes, with RWKV-LM's defaults for what is not given (0)."""
-        dim_att = dim_att or n_embd
-        dim_ffn = dim_ffn or int(n_embd * 3.5) // 32 * 32
-        for name, size in dict(vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, head_size=head_size).items():
-            if size < 1:
-                raise UserError(f"a new model needs --{name} of at least 1, not {size}")
-        if dim_ffn < 1:
-            raise UserError(f"--n_embd {n_embd} is too small for a default channel-mix size; give --dim_ffn")
-        if dim_att % head_size:
-            raise UserError(f"head size {head_size} does not divide dim_att {dim_att}; give another --head_size_a")
-        wide = n_embd >= 4096  # the World 7B and 14B
-        return cls(vocab_size, n_layer, n_embd, dim_att, dim_ffn, head_size, 64 if wide else 32, 128 if wide else 64)
-
-    @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor], name: str = "the file") -> "ModelConfig":
-        """Read every size from the tensors' shapes; raise UserError unless they are an RWKV-6 model, whole and consistent."""
-        version = checkpoint_version(tensors)
-        if version != 6:
-            what = f"an RWKV-{version} model" if version else "not an RWKV model (no blocks.0.att tensors of one)"
-            raise UserError(f"{name}: wanted an RWKV-6 (x060) .pth, this is {what}")
-        layers = {int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
-        try:
-            vocab_size, n_embd = tensors["emb.weight"].shape
-            att = "blocks.0.att."
-            dim_att, _ = tensors[att + "receptance.weight"].shape
-            _, head_size = tensors[att + "time_faaaa"].shape
-            _, d_mix_lora, _ = tensors[att + "time_maa_w2"].shape
-            d_decay_lora, _ = tensors[att + "time_decay_w2"].shape
-            dim_ffn, _ = tensors["blocks.0.ffn.key.weight"].shape
-        except KeyError as error:
-            raise UserError(f"{name}: an RWKV-6 model without {error.args[0]}; the file is damaged or cut") from None
-        except ValueError:
-            raise UserError(f"{name}: tensors of the wrong rank for an RWKV-6 model; the file is damaged") from None
-        if dim_att % head_size:
-            raise UserError(f"{name}: head size {head_size} does not divide dim_att {dim_att}; the file is damaged")
-        config = cls(
-            vocab_size, len(layers), n_embd, dim_att, dim_ffn, head_size, d_mix_lora, d_decay_lora,
-            time_state=att + "time_state" in tensors,
-        )  # fmt: skip
-        config.check(tensors, name)
-        return config
-
-    def check(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Compare names and shapes with what the sizes demand: a file is used whole or not at all."""
-        wanted = self.shapes()
-        missing = [key for key in wanted if key not in tensors]
-        unknown = [key for key in tensors if key not in wanted]
-        if missing or unknown:
-            parts = [
-                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                for what, keys in (("missing", missing), ("unknown", unknown))
-                if keys
-            ]
-            raise UserError(f"{name}: not a whole RWKV-6 model of {self.n_layer} layers: {' and '.join(parts)} tensors")
-        for key, shape in wanted.items():
-            if tuple(tensors[key].shape) != shape:
-                got = tuple(tensors[key].shape)
-                raise UserError(f"{name}: {key} is {got}, the other tensors of the file ask for {shape}")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the `.pth`, in its order."""
-        with torch.device("meta"):
-            return {key: tuple(value.shape) for key, value in RWKV(self).state_dict().items()}
-
-
-def checkpoint_version(tensors: Mapping[str, Tensor]) -> int:
-    """The RWKV version that a state dict's names tell (4 to 7), or 0 if they are no RWKV's."""
-    att = {key.split(".att.", 1)[1] for key in tensors if re.match(r"blocks\.\d+\.att\.", key)}
-    if "r_k" in att:
-        return 7
-    if "time_maa_x" in att or "time_maa_w1" in att:
-        return 6
-    if "time_decay" in att:
-        return 5 if any(name.startswith("ln_x") for name in att) else 4
-    return 0
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which takes as long as a small addition even where there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def shift_difference(x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
-    """x one step earlier, less x. `last` (B, C), or zeros, comes first; zeros where `reset` (B, T) marks a document's start."""
-    first = torch.zeros_like(x[:, :1]) if last is None else cast(last, x.dtype).unsqueeze(1)
-    previous = torch.cat([first, x[:, :-1]], 1) if x.shape[1] > 1 else first
-    if reset is not None:
-        previous = previous.masked_fill(reset.unsqueeze(-1), 0)
-    return previous - x if previous is first else previous.sub_(x)  # not in place: `first` is the state's
-
 
 class TimeMix(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, sizes: RWKV6Sizes):
         super().__init__()
-        C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
-        M, D = config.d_mix_lora, config.d_decay_lora
+        C, A, H, N = sizes.n_embd, sizes.dim_att, sizes.n_head, sizes.head_size
+        M, D = sizes.d_mix_lora, sizes.d_decay_lora
         self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))
         for name in LERPS:
             setattr(self, f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
@@ -157,14 +45,19 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(C, D))
         self.time_decay_w2 = nn.Parameter(torch.empty(D, A))
         self.time_faaaa = nn.Parameter(torch.empty(H, N))
-        if config.time_state:
-            self.time_state = nn.Parameter(torch.empty(H, N, N))  # [value, key], as the community stores it
-        self.receptance = nn.Linear(C, A, bias=False)
-        self.key = nn.Linear(C, A, bias=False)
-        self.value = nn.Linear(C, A, bias=False)
-        self.output = nn.Linear(A, C, bias=False)
-        self.gate = nn.Linear(C, A, bias=False)
+        if sizes.time_state:
+            self.add_initial_state()
+        self.receptance = linear(C, A)
+        self.key = linear(C, A)
+        self.value = linear(C, A)
+        self.output = linear(A, C)
+        self.gate = linear(C, A)
         self.ln_x = nn.GroupNorm(H, A, eps=LN_X_EPS)
+
+    def add_initial_state(self) -> None:
+        """An initial state of zeros, [value, key] as the community's files have it."""
+        H, N = self.time_faaaa.shape
+        self.time_state = nn.Parameter(self.time_faaaa.new_zeros(H, N, N))
 
     def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, ...]:
         """The five inputs xw, xk, xv, xr, xg (B, T, C): x and its shift, mixed by weights that depend on both."""
@@ -203,7 +96,7 @@ class TimeMix(nn.Module):
             forget = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
             if wkv is not None:  # its separator was the last slot of the chunk before
                 wkv = wkv.masked_fill(reset[:, 0].view(B, 1, 1, 1), 0)
-        with remade(self.lerps, x, shift, reset, trained=self.parameters(recurse=False)) as (xw, xk, xv, xr, xg):
+        with recompute_in_backward(self.lerps, x, shift, reset, trained=self.parameters(recurse=False)) as (xw, xk, xv, xr, xg):
             r = self.receptance(xr).view(B, T, H, N)
             k = self.key(xk).view(B, T, H, N)
             v = self.value(xv).view(B, T, H, N)
@@ -213,21 +106,21 @@ class TimeMix(nn.Module):
             k = k.masked_fill(forget, 0)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
-        with remade(self.log_decay, h, forget, trained=self.parameters(recurse=False)) as (log_w,):
+        with recompute_in_backward(self.log_decay, h, forget, trained=self.parameters(recurse=False)) as (log_w,):
             y, wkv = wkv6(r, k, v, log_w, u, wkv, op)
-        with remade(self.gated, y, g, trained=self.ln_x.parameters()) as (gated,):
+        with recompute_in_backward(self.gated, y, g, trained=self.ln_x.parameters()) as (gated,):
             return self.output(gated), x.select(1, -1), wkv
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, sizes: RWKV6Sizes):
         super().__init__()
-        C, F_ = config.n_embd, config.dim_ffn
+        C, F_ = sizes.n_embd, sizes.dim_ffn
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = nn.Linear(C, F_, bias=False)
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(F_, C, bias=False)
+        self.key = linear(C, F_)
+        self.receptance = linear(C, C)
+        self.value = linear(F_, C)
 
     def lerps(self, x: Tensor, shift: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs of key and receptance, (B, T, C)."""
@@ -236,152 +129,137 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        with remade(self.lerps, x, shift, reset, trained=(self.time_maa_k, self.time_maa_r)) as (xk, xr):
+        with recompute_in_backward(self.lerps, x, shift, reset, trained=(self.time_maa_k, self.time_maa_r)) as (xk, xr):
             k = self.key(xk)  # (B, T, F)
             r = self.receptance(xr)
-        with remade(squared_relu, k) as (k,):
+        with recompute_in_backward(squared_relu, k) as (k,):
             v = self.value(k)
         return torch.sigmoid(r) * v, x.select(1, -1)
 
 
-class SquaredRelu(torch.autograd.Function):
-    """relu(x)^2 with one temporary of x's size in each direction, where autograd's own takes three."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.relu(x).square_()
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.relu(x).mul_(2).mul_(g)
-
-
-def squared_relu(x: Tensor) -> tuple[Tensor]:
-    return (SquaredRelu.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_(),)
-
-
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, sizes: RWKV6Sizes, layer: int):
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(sizes.n_embd)
+        self.ln2 = nn.LayerNorm(sizes.n_embd)
         self.first = layer == 0
         if self.first:
-            self.ln0 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config)
-        self.ffn = ChannelMix(config)
+            self.ln0 = nn.LayerNorm(sizes.n_embd)
+        self.att = TimeMix(sizes)
+        self.ffn = ChannelMix(sizes)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
-    ) -> tuple[Tensor, LayerState]:
+        self, x: Tensor, carry: None, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
+    ) -> tuple[Tensor, None, LayerState]:
         if self.first:
             x = self.ln0(x)
         shift, wkv, ffn_shift = state or (None, None, None)
         delta, shift, wkv = self.att(self.ln1(x), shift, wkv, reset, op)
         x = x + delta
         delta, ffn_shift = self.ffn(self.ln2(x), ffn_shift, reset)
-        return x + delta, LayerState(shift, wkv, ffn_shift)
+        return x + delta, carry, LayerState(shift, wkv, ffn_shift)
 
 
-def recomputed_block(block: Callable, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
-    """A block of which autograd keeps the inputs alone."""
+class RWKV6(RWKV):
+    """An RWKV-6 language model; `LayerState.wkv` is indexed [key, value]."""
 
-    def flat(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        x, new = block(x, LayerState(*state) if state else None)
-        return x, *new
+    version, title = "x060", "RWKV-6 (x060)"
+    Sizes, Block = RWKV6Sizes, Block
+    web_names = WebNames(
+        renamed={"time_faaaa": "time_first", "time_maa": "time_mix"},
+        transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"),
+    )
 
-    x, *new = recomputed(flat, x, *(state or ()))
-    return x, LayerState(*new)
+    @classmethod
+    def is_time(cls, name: str) -> bool:
+        return name.rpartition(".")[2].startswith("time_")
 
+    def cannot(self, feature: str) -> str:
+        if feature == "pack" and self.sizes.time_state:
+            return "documents in one row cannot each begin with the model's trained initial state"
+        return super().cannot(feature)
 
-class RWKV(nn.Module):
-    """An RWKV-6 language model. `op` picks the WKV6 kernel (ops/wkv6.py); `grad_cp` recomputes blocks in backward."""
+    def lr_multiplier(self, name: str) -> float:
+        return 2.0 if name.endswith(".time_decay") else 1.0
 
-    fingerprint: str  # what tells the loaded weights from others; see checkpoint.py
+    def add_initial_state(self) -> list[str]:
+        if not self.sizes.time_state:
+            self.sizes = replace(self.sizes, time_state=True)
+            for block in self.blocks:
+                block.att.add_initial_state()
+        return [f"blocks.{layer}.att.time_state" for layer in range(self.sizes.n_layer)]
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.op = "auto"
-        self.grad_cp = False
-        self.file_dtype = torch.bfloat16  # of the .pth that the model came from, or will become
-        # not filled: a normal distribution on the meta device would import half of torch, for seconds
-        self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+    def kernels(self, device: str, dtype: torch.dtype) -> str:
+        return f"WKV6: {describe(device, dtype, self.sizes.head_size, self.execution.op)}"
 
-    def forward(self, idx: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """Logits (B, T, V) after each token of idx (B, T), and the state to go on from; see `hidden`."""
-        x, state = self.hidden(idx, state, reset)
-        return self.head(x), state
+    def cuda_extra_bytes(self, B: int, T: int) -> int:
+        r = torch.empty(B, T, self.sizes.n_head, self.sizes.head_size, dtype=self.dtype, device="meta")
+        return 4 * (math.prod(wkv6_cuda.saved_shape(r)) - math.prod(wkv6_cpu.saved_shape(r)))
 
-    def hidden(self, idx: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """What the head is applied to, (B, T, C), and the new state.
+    @classmethod
+    def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKV6Sizes:
+        att = "blocks.0.att."
+        vocab_size, n_embd = tensors["emb.weight"].shape
+        dim_att, _ = tensors[att + "receptance.weight"].shape
+        _, head_size = tensors[att + "time_faaaa"].shape
+        _, d_mix_lora, _ = tensors[att + "time_maa_w2"].shape
+        d_decay_lora, _ = tensors[att + "time_decay_w2"].shape
+        dim_ffn, _ = tensors["blocks.0.ffn.key.weight"].shape
+        state = att + "time_state" in tensors
+        return RWKV6Sizes(vocab_size, n_layer, n_embd, dim_att, dim_ffn, head_size, d_mix_lora, d_decay_lora, state)
 
-        idx (B, T) int64, T >= 1. A sequence in chunks, each with the state of the one before, gives what the whole gives.
-        reset (B, T) bool marks the first token of each packed document; the slot before it is a separator.
-        """
-        x = self.emb(idx)
-        new_state = []
-        for layer, block in enumerate(self.blocks):
-            run = partial(block, reset=reset, op=self.op)
-            if self.grad_cp and torch.is_grad_enabled():
-                run = partial(recomputed_block, run)
-            x, layer_state = run(x, state[layer] if state is not None else None)
-            new_state.append(layer_state)
-        return self.ln_out(x), new_state
+    @classmethod
+    def default_sizes(cls, given: Mapping[str, int]) -> RWKV6Sizes:
+        n_embd = given["n_embd"]
+        wide = n_embd >= 4096  # the World 7B and 14B
+        usual = {"d_mix_lora": 64 if wide else 32, "d_decay_lora": 128 if wide else 64}
+        sizes: dict[str, Any] = {**usual, **given}
+        sizes["dim_att"] = given.get("dim_att") or n_embd
+        sizes["dim_ffn"] = given.get("dim_ffn") or int(n_embd * 3.5) // 32 * 32
+        return RWKV6Sizes(**sizes)
 
-    @torch.no_grad()
-    def initialise(self, seed: int | None = None) -> "RWKV":
-        """Fill every parameter as RWKV-LM's x060 does for a new model."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        for name, tensor in initial_values(self.config, generator):
-            self.get_parameter(name).copy_(tensor)
-        return self
+    @classmethod
+    def initial_values(cls, sizes: Any, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """RWKV-LM's initial value of each parameter (RWKV-v5/src/model.py: RWKV_Tmix_x060, RWKV_CMix_x060, generate_init_weight)."""
+        C, A, L = sizes.n_embd, sizes.dim_att, sizes.n_layer
+        gains = {"att.key": 0.1, "att.gate": 0.1, "att.output": 0.0, "ffn.value": 0.0, "ffn.receptance": 0.0}
+        channel = torch.arange(C) / C  # 0 to almost 1
+        att_channel = torch.arange(A) / max(A - 1, 1)  # 0 to 1
 
-
-def initial_values(config: ModelConfig, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-    """RWKV-LM's initial value of each parameter (RWKV-v5/src/model.py: RWKV_Tmix_x060, RWKV_CMix_x060, generate_init_weight)."""
-    C, A, L = config.n_embd, config.dim_att, config.n_layer
-    gains = {"att.key": 0.1, "att.gate": 0.1, "att.output": 0.0, "ffn.value": 0.0, "ffn.receptance": 0.0}
-    channel = torch.arange(C) / C  # 0 to almost 1
-    att_channel = torch.arange(A) / max(A - 1, 1)  # 0 to 1
-
-    for key, shape in config.shapes().items():
-        layer = int(key.split(".")[1]) if key.startswith("blocks.") else 0
-        name = key.split(".", 2)[2] if key.startswith("blocks.") else key
-        depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
-        power = channel ** (1 - layer / L)
-        match name:
-            case "emb.weight":
-                value = torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
-            case "head.weight":
-                gain = 0.5 * max(1.0, math.sqrt(config.vocab_size / C))
-                value = nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
-            case "att.ln_x.weight":
-                value = torch.full(shape, ((1 + layer) / L) ** 0.7)
-            case "att.time_maa_v":
-                value = 1 - (power + 0.3 * depth)
-            case "att.time_maa_r" | "att.time_maa_g":
-                value = 1 - power.sqrt()
-            case "att.time_decay":
-                value = -6 + 5 * att_channel ** (0.7 + 1.3 * depth)
-            case "att.time_faaaa":
-                value = depth * (1 - att_channel) + ((torch.arange(A) + 1) % 3 - 1) * 0.1
-            case "att.time_maa_w2" | "att.time_decay_w2":
-                value = torch.empty(shape).uniform_(-0.01, 0.01, generator=generator)
-            case "att.time_maa_w1" | "att.time_decay_w1" | "att.time_state":
-                value = torch.zeros(shape)
-            case _ if ".time_maa_" in name:
-                value = 1 - power
-            case _ if name.endswith(".bias"):
-                value = torch.zeros(shape)
-            case _ if "ln" in name:
-                value = torch.ones(shape)
-            case _:
-                gain = gains.get(name.removesuffix(".weight"), 1.0)
-                value = nn.init.orthogonal_(torch.empty(shape), gain, generator=generator) if gain else torch.zeros(shape)
-        yield key, value.view(shape)
+        for key, shape in cls.shapes(sizes).items():
+            layer = int(key.split(".")[1]) if key.startswith("blocks.") else 0
+            name = key.split(".", 2)[2] if key.startswith("blocks.") else key
+            depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
+            power = channel ** (1 - layer / L)
+            match name:
+                case "emb.weight":
+                    value = torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
+                case "head.weight":
+                    gain = 0.5 * max(1.0, math.sqrt(sizes.vocab_size / C))
+                    value = nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
+                case "att.ln_x.weight":
+                    value = torch.full(shape, ((1 + layer) / L) ** 0.7)
+                case "att.time_maa_v":
+                    value = 1 - (power + 0.3 * depth)
+                case "att.time_maa_r" | "att.time_maa_g":
+                    value = 1 - power.sqrt()
+                case "att.time_decay":
+                    value = -6 + 5 * att_channel ** (0.7 + 1.3 * depth)
+                case "att.time_faaaa":
+                    value = depth * (1 - att_channel) + ((torch.arange(A) + 1) % 3 - 1) * 0.1
+                case "att.time_maa_w2" | "att.time_decay_w2":
+                    value = torch.empty(shape).uniform_(-0.01, 0.01, generator=generator)
+                case "att.time_maa_w1" | "att.time_decay_w1" | "att.time_state":
+                    value = torch.zeros(shape)
+                case "ffn.time_maa_k" | "ffn.time_maa_r":
+                    value = 1 - channel ** ((1 - layer / L) ** 3)
+                case _ if ".time_maa_" in name:
+                    value = 1 - power
+                case _ if name.endswith(".bias"):
+                    value = torch.zeros(shape)
+                case _ if "ln" in name:
+                    value = torch.ones(shape)
+                case _:
+                    gain = gains.get(name.removesuffix(".weight"), 1.0)
+                    value = nn.init.orthogonal_(torch.empty(shape), gain, generator=generator) if gain else torch.zeros(shape)
+            yield key, value.view(shape)

@@ -1,6 +1,6 @@
 """PEFT methods. `METHODS` is the registry: one file and one line for each."""
 
-from .adapter import PROJECTIONS, TRAIN_PARTS, AdapterLinear, adapter_tensors, adapters, attach, inject, merge, train_parts
+from .adapter import AdapterLinear, adapter_tensors, adapters, attach, disabled, inject, merge
 from .bone import BoneLinear
 from .bone_col import BoneColLinear
 from .dora import DoraLinear
@@ -27,14 +27,12 @@ METHODS: dict[str, type[AdapterLinear]] = {
 
 __all__ = [
     "METHODS",
-    "PROJECTIONS",
-    "TRAIN_PARTS",
     "AdapterLinear",
     "adapter_tensors",
     "adapters",
     "attach",
+    "disabled",
     "inject",
     "merge",
     "start_from_gradients",
-    "train_parts",
 ]

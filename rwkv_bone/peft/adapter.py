@@ -3,6 +3,7 @@
 A method is one subclass of `AdapterLinear` in a file of its own and one line in `peft/__init__.py`.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-
-PROJECTIONS = ("att", "ffn")  # the parts adapted by default: every projection of the time and channel mixing
 
 
 def option(default: Any, help: str) -> Any:
@@ -45,18 +44,19 @@ class QuantisedWeight(nn.Module):
 Weight = Tensor | QuantisedWeight  # of a projection, (out, in)
 
 
-def weight_of(model: nn.Module, name: str) -> Weight:
-    """The weight of the projection of that name."""
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor | QuantisedWeight)
-    return weight
+def weight_and_bias(model: nn.Module, name: str) -> tuple[Weight, Tensor | None]:
+    """The weight and the bias, if there is one, of the linear layer of that name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer.weight, Tensor | QuantisedWeight)
+    return layer.weight, getattr(layer, "bias", None)
 
 
 class AdapterLinear(nn.Module):
-    """A frozen projection (no bias) with an adapter. The base weight (out, in) stays under its key `weight`.
+    """A frozen linear layer with an adapter. Base weight (out, in) and bias (out,) stay under their keys `weight` and `bias`.
 
-    The adapter is this layer's state dict less the weight. It is trained in float32 whatever the base's dtype is
-    (float64 on a float64 base). `forward(x)` equals `x @ merged_weight().T` but for rounding.
+    The adapter is this layer's state dict less these two. It is trained in float32 whatever the base's dtype is (float64 on a
+    float64 base). `forward(x)` equals `x @ merged_weight().T + bias` but for rounding. Under `torch.autocast` it computes in the
+    autocast dtype, as `nn.Linear` does.
     """
 
     formula: ClassVar[str]  # what the method computes, in one line
@@ -73,7 +73,17 @@ class AdapterLinear(nn.Module):
     def __init__(self, weight: Weight, config: Config):
         super().__init__()
         self.weight: Weight = nn.Parameter(weight.detach(), requires_grad=False) if isinstance(weight, Tensor) else weight
+        self.register_parameter("bias", None)
         self.config = config
+        self.disabled = False
+
+    @classmethod
+    def on(cls, weight: Weight, config: Config, bias: Tensor | None = None) -> "AdapterLinear":
+        """The layer, not started, in place of a linear layer of that weight and bias."""
+        layer = cls(weight, config)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        return layer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,11 +98,20 @@ class AdapterLinear(nn.Module):
         """Give the adapter its initial values. Zeros need nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype."""
-        return self.project(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.weight.shape[0])
+        """x (..., in) -> (..., out), in x's dtype (under autocast: in its)."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return self.forward(x)
+        rows = x.reshape(-1, x.shape[-1])
+        y = FrozenProduct.apply(None, rows, self.weight) if self.disabled else self.project(rows)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.weight.shape[0])
 
     def project(self, x: Tensor) -> Tensor:
-        """`forward` of rows: x (n, in) -> (n, out)."""
+        """`forward` of rows without the bias: x (n, in) -> (n, out)."""
         raise NotImplementedError
 
     def merged_weight(self) -> Tensor:
@@ -111,12 +130,12 @@ class AdapterLinear(nn.Module):
         typed: dict[str, Any] = {}
         for name, value in options.items():
             if name not in known:
-                raise UserError(f"--peft {method} has no option {name}; it has {', '.join(known)}")
+                raise UserError(f"{method} has no option {name}; it has {', '.join(known)}")
             if known[name] is float and type(value) is int:
                 value = float(value)
             if type(value) is not known[name]:
                 article = "an" if known[name] is int else "a"
-                raise UserError(f"--peft {method}: {name} is {article} {known[name].__name__}, not {value!r}")
+                raise UserError(f"{method}: {name} is {article} {known[name].__name__}, not {value!r}")
             typed[name] = value
         return cls.Config(**typed)
 
@@ -125,9 +144,10 @@ class AdapterLinear(nn.Module):
         return f"in={in_}, out={out}, {self.config}"
 
 
-def dense(weight: Weight) -> Tensor:
-    """A base weight as a tensor (out, in): itself, or what a quantised one stands for, made anew at each call."""
-    return weight if isinstance(weight, Tensor) else weight.dense()
+def dense(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """A base weight as a tensor (out, in) of `dtype` or its own: itself, or what a quantised one stands for, made at each call."""
+    w = weight if isinstance(weight, Tensor) else weight.dense()
+    return w if dtype is None or w.dtype == dtype else w.to(dtype)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -141,26 +161,28 @@ class FrozenProduct(torch.autograd.Function):
     def forward(ctx, plus: Tensor | None, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
         if plus is None:
-            return x @ dense(weight).T
+            return x @ dense(weight, x.dtype).T
         ctx.mark_dirty(plus)
-        return plus.addmm_(x, dense(weight).T)
+        return plus.addmm_(x, dense(weight, x.dtype).T)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         wants_plus, wants_x, _ = ctx.needs_input_grad
-        return g if wants_plus else None, g @ dense(ctx.weight) if wants_x else None, None
+        return g if wants_plus else None, g @ dense(ctx.weight, g.dtype) if wants_x else None, None
 
 
 class FrozenLinear(nn.Module):
-    """A projection whose weight is frozen and may be a quantised one: what `nn.Linear` cannot hold."""
+    """A linear layer whose weight is frozen and may be a quantised one: what `nn.Linear` cannot hold."""
 
-    def __init__(self, weight: QuantisedWeight):
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None = None):
         super().__init__()
         self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return FrozenProduct.apply(None, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.weight.shape[0])
+        y = FrozenProduct.apply(None, x.reshape(-1, x.shape[-1]), self.weight)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.weight.shape[0])
 
 
 def row_panels(rows: int, size: int = 256) -> Iterator[slice]:
@@ -173,28 +195,37 @@ def matches(name: str, parts: Iterable[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
-def projections(model: nn.Module, parts: Iterable[str]) -> list[str]:
-    """Names of the projections without an adapter that lie within `parts`; UserError for a part that holds none."""
+def projections(model: nn.Module, parts: Iterable[str] | None = None) -> list[str]:
+    """Names of the linear layers without an adapter that lie within `parts`; UserError for a part that holds none.
+
+    parts: components of names (`att`, `ffn.key`, `q_proj`); None: those that the model names as its `targets`, else all.
+    """
     linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, FrozenLinear)]
-    parts = list(parts)
+    parts = getattr(model, "targets", None) if parts is None else list(parts)
+    if parts is None:
+        return linears
     for part in parts:
         if not any(matches(name, [part]) for name in linears):
             pairs = {".".join(name.split(".")[-2:]) for name in linears}
             known = sorted(pairs | {pair.split(".")[0] for pair in pairs})
-            raise UserError(f"--parts {part} names no projection of this model; it has {', '.join(known)}")
+            raise UserError(f"{part} names no linear layer of this model; there are {', '.join(known)}")
     return [name for name in linears if matches(name, parts)]
 
 
 def inject(
-    model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, parts: Iterable[str] = PROJECTIONS
+    model: nn.Module,
+    method: type[AdapterLinear],
+    config: AdapterLinear.Config,
+    parts: Iterable[str] | None = None,
+    start: bool = True,
 ) -> list[str]:
-    """Freeze the model and put a started adapter on every projection within `parts`; return the projections' names.
+    """Freeze the model and put a started adapter on every linear layer within `parts` (see `projections`); return their names.
 
-    A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
+    start=False leaves zeros, for values that come from elsewhere. A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
     """
     names = projections(model, parts)
     for layer in attach(model, method, config, names):
-        if not method.starts_from_gradient:
+        if start and not method.starts_from_gradient:
             layer.start()
     return names
 
@@ -202,33 +233,33 @@ def inject(
 def attach(
     model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, names: Iterable[str]
 ) -> list[AdapterLinear]:
-    """Freeze the model and replace the named projections by adapter layers, not started: for values from a file."""
+    """Freeze the model and replace the named layers by adapter layers, not started: for values from a file."""
     model.requires_grad_(False)
     layers = []
     for name in names:
-        layers.append(method(weight_of(model, name), config))
+        weight, bias = weight_and_bias(model, name)
+        layers.append(method.on(weight, config, bias))
         model.set_submodule(name, layers[-1])
     return layers
 
 
-TRAIN_PARTS = {
-    "emb": lambda name: name == "emb.weight",
-    "head": lambda name: name == "head.weight",
-    "time": lambda name: name.rpartition(".")[2].startswith("time_"),
-    "ln": lambda name: any(component.startswith("ln") for component in name.split(".")),
-}
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes what the base does: adapters do nothing.
 
-
-def train_parts(model: nn.Module, parts: Iterable[str]) -> list[str]:
-    """Let parts of the base train in full beside the adapter: emb, head, time, ln. Returns their names."""
-    names = []
-    for part in parts:
-        if part not in TRAIN_PARTS:
-            raise UserError(f"--train_parts {part}: unknown; it takes {', '.join(TRAIN_PARTS)}")
-        names += [name for name, _ in model.named_parameters() if TRAIN_PARTS[part](name)]
-    for name in names:
-        model.get_parameter(name).requires_grad_(True)
-    return names
+    ValueError where parts of the base are trained in full beside the adapters: the base's values are not kept.
+    """
+    layers = adapters(model)
+    own = {id(p) for layer in layers.values() for p in layer.parameters()}
+    if other := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
+        raise ValueError(f"the base's own output is not to be had: {other[0]} is trained in full beside the adapters")
+    for layer in layers.values():
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.disabled = False
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterLinear]:
@@ -243,6 +274,7 @@ def merge(model: nn.Module) -> None:
         out, in_ = weight.shape
         linear = nn.Linear(in_, out, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = layer.bias
         model.set_submodule(name, linear)
 
 
@@ -252,7 +284,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}": tensor
         for name, layer in adapters(model).items()
         for key, tensor in layer.state_dict().items()
-        if key.partition(".")[0] != "weight"
+        if key.partition(".")[0] not in ("weight", "bias")
     }
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {**of_adapters, **{name: p for name, p in trained.items() if name not in of_adapters}}

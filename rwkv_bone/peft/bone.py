@@ -8,7 +8,7 @@ output blocks:
 
 One large product forward and one backward, as a frozen projection has, and 3 n in r multiplications more for n tokens, against
 2 n in out for those two. Nothing of the weight's shape is made or kept. Where r does not divide a size, x and q are padded with
-zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone_cpu.py.
+zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone/cpu.py.
 """
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import bone_cpu, bone_cuda
+from ..ops.bone import cpu as bone_cpu
+from ..ops.bone import cuda as bone_cuda
 from .adapter import AdapterLinear, ceil_div, dense
 from .rounding import add_rounded_
 
@@ -60,7 +61,7 @@ class BoneFunction(torch.autograd.Function):
         ctx.save_for_backward(x, bone)
         ctx.weight = weight
         in_, (m, r, _) = x.shape[1], bone.shape
-        w = dense(weight)
+        w = dense(weight, x.dtype)
         if bone_cpu.fits(x, r):
             return bone_cpu.forward(x, w, bone)
         transposed = bone.to(x.dtype).transpose(1, 2)
@@ -88,7 +89,7 @@ class BoneFunction(torch.autograd.Function):
         x, bone = ctx.saved_tensors
         g = g.contiguous()
         in_, r = x.shape[1], bone.shape[-1]
-        w = dense(ctx.weight)
+        w = dense(ctx.weight, x.dtype)
         wants_dx, _, wants_dbone = ctx.needs_input_grad
         if bone_cpu.fits(x, r):
             by_kernels = bone_cpu.backward(x, w, bone, g, wants_dx)

@@ -46,7 +46,7 @@ class BoneColFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight, bone: Tensor) -> Tensor:
         ctx.save_for_backward(x, bone)
         ctx.weight = weight
-        w = dense(weight)
+        w = dense(weight, x.dtype)
         y = x.new_empty(len(x), len(w))
         for rows, panel, b in panels(w, bone):
             torch.mm(x, adapted(w[rows], panel, b).T, out=y[:, rows])
@@ -56,7 +56,7 @@ class BoneColFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         x, bone = ctx.saved_tensors
-        w = dense(ctx.weight)
+        w = dense(ctx.weight, x.dtype)
         r = bone.shape[-1]
         wants_dx, _, wants_dbone = ctx.needs_input_grad
         dx = torch.zeros_like(x) if wants_dx else None

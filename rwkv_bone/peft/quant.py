@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .adapter import PROJECTIONS, FrozenLinear, QuantisedWeight, projections
+from .adapter import FrozenLinear, QuantisedWeight, projections, weight_and_bias
 
 BLOCK = 64  # numbers of nf4 that share a scale
 
@@ -62,7 +62,7 @@ def bitsandbytes():
     try:
         import bitsandbytes.functional
     except ImportError:
-        raise UserError("--quant nf4 needs bitsandbytes; pip install 'rwkv-bone[quant]'") from None
+        raise UserError("nf4 needs bitsandbytes; pip install 'rwkv-bone[quant]'") from None
     return bitsandbytes.functional
 
 
@@ -70,13 +70,15 @@ def bitsandbytes():
 def quantise(weight: Tensor, kind: str) -> QuantisedWeight:
     """A dense weight (out, in) in bf16 or float32 as one of `KINDS`."""
     if kind not in KINDS:
-        raise UserError(f"--quant {kind}: unknown; there are none, {', '.join(KINDS)}")
+        raise UserError(f"{kind}: unknown kind of quantisation; there are {', '.join(KINDS)}")
     return KINDS[kind](weight.detach())
 
 
-def quantise_model(model: nn.Module, kind: str, parts: Iterable[str] = PROJECTIONS) -> list[str]:
-    """Quantise the projections within `parts`, one by one, before adapters are put on them; return their names."""
+def quantise_model(model: nn.Module, kind: str, parts: Iterable[str] | None = None) -> list[str]:
+    """Quantise the linear layers within `parts`, one by one, before adapters are put on them; return their names."""
     names = projections(model, parts)
     for name in names:
-        model.set_submodule(name, FrozenLinear(quantise(model.get_parameter(f"{name}.weight"), kind)))
+        weight, bias = weight_and_bias(model, name)
+        assert isinstance(weight, Tensor)
+        model.set_submodule(name, FrozenLinear(quantise(weight, kind), bias))
     return names

@@ -1,54 +1,82 @@
-"""AdamW for what trains: groups by learning rate and weight decay, and float32 masters of parameters kept in bf16."""
+"""Optimisers: groups by learning rate and weight decay, and float32 masters of parameters kept in bf16, under any optimiser.
+
+`OPTIMISERS` is the registry: one line for each.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..config import TrainConfig
 from ..peft import AdapterLinear, adapters
 
+Groups = list[dict[str, Any]]
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW that keeps a float32 copy of each bf16 parameter, steps that, and rounds it into the parameter.
 
-    In bf16 alone a step smaller than 2^-9 of a weight would be lost. Float32 parameters, such as
-    adapters, are stepped as they are.
+class Entry(NamedTuple):
+    """An optimiser: how it is made of parameter groups (each with its `lr` and `weight_decay`), and its state's size."""
+
+    make: Callable[[Groups, TrainConfig], torch.optim.Optimizer]
+    bytes: int  # of its state for each trained parameter
+
+
+def adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
+    )
+
+
+OPTIMISERS: dict[str, Entry] = {"adamw": Entry(adamw, 8)}
+
+
+class MasterWeights:
+    """An optimiser over float32 copies of the bf16 parameters: it steps the copies, which are then rounded into the parameters.
+
+    In bf16 alone a step smaller than 2^-9 of a weight would be lost. Float32 parameters, such as adapters, are stepped as they
+    are. `make(groups)` gives the optimiser that does the steps.
     """
 
-    def __init__(self, groups: list[dict], **defaults):
+    def __init__(self, groups: Groups, make: Callable[[Groups], torch.optim.Optimizer]):
         self.low = [p for group in groups for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]
         self.masters = {p: nn.Parameter(p.detach().float()) for p in self.low}
-        groups = [{**group, "params": [self.masters.get(p, p) for p in group["params"]]} for group in groups]
-        super().__init__(groups, **defaults)
+        self.inner = make([{**group, "params": [self.masters.get(p, p) for p in group["params"]]} for group in groups])
+
+    @property
+    def param_groups(self) -> Groups:
+        return self.inner.param_groups
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self) -> None:
         for p in self.low:
             self.masters[p].grad = None if p.grad is None else p.grad.float()
             p.grad = None
-        loss = super().step(closure)
+        self.inner.step()
         for p in self.low:
             p.copy_(self.masters[p])
             self.masters[p].grad = None
-        return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
         for p in self.low:
             p.grad = None
 
-    def state_dict(self):
-        return {**super().state_dict(), "masters": [self.masters[p].detach() for p in self.low]}
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.inner.state_dict(), "masters": [self.masters[p].detach() for p in self.low]}
 
     @torch.no_grad()
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for p, master in zip(self.low, state["masters"], strict=True):
             self.masters[p].copy_(master)
-        super().load_state_dict({key: value for key, value in state.items() if key != "masters"})
+        self.inner.load_state_dict({key: value for key, value in state.items() if key != "masters"})
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layerwise_lr: bool) -> list[dict]:
+def parameter_groups(model: nn.Module, config: TrainConfig) -> Groups:
     """Groups of equal learning rate, decay and dtype. Each holds `lr_multiplier`, by which the schedule's rate is multiplied.
 
-    Multipliers: the method's own (LoRA+), and RWKV-LM's doubled rate of time_decay. Decay on matrices alone.
+    Adapters: the method's multipliers (LoRA+), decay on matrices. Parameters of the base: the model's own rules, the multipliers
+    with `--layerwise_lr 1`.
     """
     layers = adapters(model)
     groups: dict[tuple, list[Tensor]] = {}
@@ -57,18 +85,25 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layerwise
             continue
         path, _, last = name.rpartition(".")
         layer = layers.get(path)
-        multiplier = layer.lr_multiplier(last, layer.config) if isinstance(layer, AdapterLinear) else 1.0
-        if layerwise_lr and last == "time_decay":
-            multiplier *= 2
-        groups.setdefault((multiplier, p.squeeze().ndim >= 2, p.dtype), []).append(p)
+        if isinstance(layer, AdapterLinear) and last not in ("weight", "bias"):
+            multiplier, decays = layer.lr_multiplier(last, layer.config), p.squeeze().ndim >= 2
+        else:
+            multiplier, decays = model.lr_multiplier(name) if config.layerwise_lr else 1.0, model.decays(name)
+        groups.setdefault((multiplier, decays, p.dtype), []).append(p)
     return [
-        {"params": params, "lr": lr * multiplier, "lr_multiplier": multiplier, "weight_decay": weight_decay * decays}
+        {
+            "params": params,
+            "lr": config.lr_init * multiplier,
+            "lr_multiplier": multiplier,
+            "weight_decay": config.weight_decay * decays,
+        }
         for (multiplier, decays, _), params in groups.items()
     ]
 
 
-def make_optimiser(model: nn.Module, config, masters: bool = True) -> torch.optim.Optimizer:
+def make_optimiser(model: nn.Module, config: TrainConfig, masters: bool = True) -> Any:
     """`masters`: keep float32 copies of bf16 parameters (an engine that does so itself must not get them)."""
-    groups = parameter_groups(model, config.lr_init, config.weight_decay, config.layerwise_lr == 1)
-    kind = MasterAdamW if masters else torch.optim.AdamW
-    return kind(groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    groups, entry = parameter_groups(model, config), OPTIMISERS[config.optim]
+    if masters:
+        return MasterWeights(groups, lambda groups: entry.make(groups, config))
+    return entry.make(groups, config)

@@ -13,10 +13,18 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..wkv6_cuda import DTYPES, load_kernel, run
+from ..cuda import DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, run
 
 CHUNK = 16  # tokens; L in cuda/tiles.cuh
 CHECKPOINT = (64 * 64 + 16 * 64) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) in cuda/wkv7_chunk.cu
+FUNCTIONS: Functions = {
+    "wkv7_sequential_scratch": (SIZE, [SIZE] * 4),
+    "wkv7_sequential_forward": (INT, [INT] * 2 + [SIZE] * 4 + [POINTER] * 11),
+    "wkv7_sequential_backward": (INT, [INT] * 2 + [SIZE] * 4 + [POINTER] * 19),
+    "wkv7_chunk_checkpoint_bytes": (SIZE, [SIZE] * 3),
+    "wkv7_chunk_forward": (INT, [INT] + [SIZE] * 3 + [POINTER] * 12),
+    "wkv7_chunk_backward": (INT, [INT] + [SIZE] * 3 + [POINTER] * 18),
+}
 
 
 def choose(dtype: torch.dtype, N: int) -> str:
@@ -33,25 +41,8 @@ def describe(dtype: torch.dtype, N: int) -> str:
     return f"CUDA kernel, {choose(dtype, N)}"
 
 
-def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Give the functions of cuda/wkv7_*.cu that `lib` has their C types."""
-    c_int, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    functions = {
-        "wkv7_sequential_scratch": (size, [size] * 4),
-        "wkv7_sequential_forward": (c_int, [c_int] * 2 + [size] * 4 + [pointer] * 11),
-        "wkv7_sequential_backward": (c_int, [c_int] * 2 + [size] * 4 + [pointer] * 19),
-        "wkv7_chunk_checkpoint_bytes": (size, [size] * 3),
-        "wkv7_chunk_forward": (c_int, [c_int] + [size] * 3 + [pointer] * 12),
-        "wkv7_chunk_backward": (c_int, [c_int] + [size] * 3 + [pointer] * 18),
-    }
-    for name, (restype, argtypes) in functions.items():
-        if hasattr(lib, name):
-            getattr(lib, name).restype, getattr(lib, name).argtypes = restype, argtypes
-    return lib
-
-
 def library(kernel: str, device: torch.device) -> ctypes.CDLL:
-    return declare(load_kernel(f"wkv7_{kernel}", torch.cuda.get_device_capability(device)))
+    return declare(load(f"wkv7_{kernel}", torch.cuda.get_device_capability(device)), FUNCTIONS)
 
 
 def saved_shape(r: Tensor, kernel: str | None = None) -> tuple[int, ...]:
@@ -76,7 +67,7 @@ def forward(
         assert saved.nbytes in (0, lib.wkv7_chunk_checkpoint_bytes(B, T, H))
         run(
             lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H,
-            *map(_aligned, (r, log_w, k, v, a, b, state, reset)), y, final_state, saved if save else None,
+            *map(aligned, (r, log_w, k, v, a, b, state, reset)), y, final_state, saved if save else None,
         )  # fmt: skip
     else:
         saved = _float32(r, 0) if not save else r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
@@ -90,7 +81,7 @@ def forward(
 def backward(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, reset: Tensor | None, saved: Tensor, gy: Tensor,
     gfinal: Tensor | None, kernel: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, log_w, k, v, a, b and state from those of y and of the final state."""
     B, T, H, N = r.shape
     kernel = kernel or choose(r.dtype, N)
@@ -100,7 +91,7 @@ def backward(
     if kernel == "chunk":
         run(
             lib.wkv7_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H,
-            *map(_aligned, (r, log_w, k, v, a, b, reset, saved, gy, gfinal)), *grads,
+            *map(aligned, (r, log_w, k, v, a, b, reset, saved, gy, gfinal)), *grads,
         )  # fmt: skip
     else:
         scratch = _float32(r, lib.wkv7_sequential_scratch(B, T, H, N) // 4)
@@ -113,8 +104,3 @@ def backward(
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _aligned(x: Tensor | None) -> Tensor | None:
-    """x at an address that 16-byte loads take: a copy where x is a view into the middle of something."""
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()

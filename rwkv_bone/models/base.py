@@ -1,0 +1,261 @@
+"""The seam between a language model and the rest of the program: all that the others may know of a model is stated here.
+
+A model is one file of this folder: a subclass of `LanguageModel`, a frozen dataclass of its sizes, one line in the registry
+(`models/__init__.py`). No other room names a version, a parameter or a block.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import UserError
+
+State = Any  # a tree (lists, tuples, dicts) of tensors whose first dimension is the batch
+
+# ---------------------------------------------------------------- states
+
+
+def select(state: State, rows) -> State:
+    """Some rows of a batch's state: a slice, or indices."""
+    return tree_map(lambda t: t[rows], state)
+
+
+def join(states: list[State] | tuple[State, ...]) -> State:
+    """The rows of several states as one batch."""
+    first, *others = states
+    return tree_map(lambda *rows: torch.cat(rows), first, *others)
+
+
+def detach(state: State, requires_grad: bool = False) -> State:
+    """The same values without their history."""
+    return tree_map(lambda t: t.detach().requires_grad_(requires_grad), state)
+
+
+def tensors_of(state: State) -> list[Tensor]:
+    return tree_leaves(state)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model, all of which its file tells. A model adds its own."""
+
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model computes; nothing of it changes what is computed but for rounding."""
+
+    op: str = "auto"  # kernel of the recurrence: auto (by device), cpu, cuda, torch
+    grad_cp: bool = False  # gradient checkpointing: blocks are recomputed in the backward pass
+
+
+USUAL = Execution()
+
+
+class WebNames(NamedTuple):
+    """How web-rwkv names and lays out a model's tensors, for interop/web_rwkv.py."""
+
+    renamed: Mapping[str, str]  # part of a name here -> there
+    transposed: tuple[str, ...]  # ends of the names whose last two dimensions are swapped there
+
+
+# ---------------------------------------------------------------- models
+
+FEATURES = {
+    "infctx": "state to carry from chunk to chunk",
+    "state": "initial state to train",
+    "pack": "way to keep documents in one row apart",
+    "op": "choice of kernels",
+}
+
+
+class LanguageModel(nn.Module):
+    """A causal language model over tokens, with the parameters' names and order of its file.
+
+    Its layers that adapters may sit on are `nn.Linear`s; `head` is one of them and makes logits of what `hidden` gives.
+    """
+
+    version: ClassVar[str]  # "x060", ...: the registry's key
+    title: ClassVar[str]  # for people
+    targets: ClassVar[tuple[str, ...]]  # parts that get an adapter by default
+    full_parts: ClassVar[tuple[str, ...]]  # names of the parts that may be trained in full beside an adapter
+    capabilities: ClassVar[frozenset[str]] = frozenset()  # keys of FEATURES
+    l2wrap: ClassVar[bool] = True  # whether RWKV's L2Wrap is added to the loss by default
+    template: ClassVar[str] = "world"  # default template of prompts and answers
+    web_names: ClassVar[WebNames | None] = None  # None: web-rwkv has no such model
+
+    sizes: Any  # a subclass of Sizes
+    head: nn.Linear
+    fingerprint: str = "new"  # what tells the loaded weights from others; see files/models.py
+    file_dtype: torch.dtype = torch.bfloat16  # of the file that the model came from, or will become
+
+    def __init__(self, sizes: Any, execution: Execution = USUAL):
+        super().__init__()
+        self.sizes, self.execution = sizes, execution
+
+    def cannot(self, feature: str) -> str:
+        """Why the model does not have one of the `FEATURES`; "" where it has it."""
+        return "" if feature in self.capabilities else f"{self.title} has no {FEATURES[feature]}"
+
+    # ------------------------------------------------ computing
+
+    def hidden(self, idx: Tensor, state: State = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """What the head is applied to, (B, T, C), and the state after it.
+
+        idx (B, T) int64, T >= 1. state: of what came before, None at the beginning; a sequence in chunks, each with the state of
+        the one before, gives what the whole gives. reset (B, T) bool marks the first token of each packed document; the slot
+        before it is a separator, whose token means nothing.
+        """
+        raise NotImplementedError
+
+    def forward(self, idx: Tensor, state: State = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """Logits (B, T, V) after each token of idx (B, T), and the state after it; see `hidden`."""
+        x, state = self.hidden(idx, state, reset)
+        return self.head(x), state
+
+    def stages(self) -> Iterator[tuple[str, nn.Module, Callable[[Any], Any]]]:
+        """The forward pass of a whole sequence cut into stages: (prefix of names, module, function).
+
+        The first function takes idx (B, T), each other what the one before returned, the last returns logits (B, T, V). A
+        function uses the parameters of its module alone, which are those whose names begin with the prefix. Between two
+        stages tensors may be cast and modules replaced.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialise(self, seed: int | None = None) -> "LanguageModel":
+        """Fill every parameter with the initial values of a new model."""
+        raise NotImplementedError
+
+    def shortened(self, layers: int) -> "LanguageModel":
+        """A model of the first `layers` layers that shares everything with this one."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def with_execution(self, **changes) -> "LanguageModel":
+        """The same tensors, computed in another way."""
+        other = copy.copy(self)
+        other.execution = replace(self.execution, **changes)
+        return other
+
+    # ------------------------------------------------ what parameters are
+
+    def part_of(self, name: str) -> str:
+        """The part that a parameter belongs to, for tables: one of `full_parts`, or a layer's name within its block."""
+        raise NotImplementedError
+
+    @classmethod
+    def in_part(cls, name: str, part: str) -> bool:
+        """Whether a parameter belongs to one of `full_parts`."""
+        raise NotImplementedError
+
+    def train_parts(self, parts: Iterable[str]) -> list[str]:
+        """Let some of `full_parts` train in full. Returns the parameters' names; UserError for an unknown part."""
+        parts = list(parts)
+        for part in parts:
+            if part not in self.full_parts:
+                raise UserError(f"{part} is no part of {self.title}; there are {', '.join(self.full_parts)}")
+        names = [name for name, _ in self.named_parameters() if any(self.in_part(name, part) for part in parts)]
+        for name in names:
+            self.get_parameter(name).requires_grad_(True)
+        return names
+
+    def lr_multiplier(self, name: str) -> float:
+        """How much faster than the others a parameter of the base learns, by the model's own trainer."""
+        return 1.0
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies to a parameter of the base, by the model's own trainer."""
+        return name.endswith(".weight") and self.get_parameter(name).dim() == 2
+
+    # ------------------------------------------------ state tuning
+
+    @classmethod
+    def is_initial_state(cls, name: str) -> bool:
+        """Whether that is the name of a trained initial state."""
+        return False
+
+    def add_initial_state(self) -> list[str]:
+        """Give the model a trainable initial state of zeros where it has none; return the names of its tensors."""
+        raise UserError(f"{self.title} has no initial state to train")
+
+    # ------------------------------------------------ for people
+
+    def describe(self) -> str:
+        """Version and sizes in a line."""
+        return f"{self.title}, {', '.join(f'{name} {size}' for name, size in asdict(self.sizes).items())}"
+
+    def kernels(self, device: str, dtype: torch.dtype) -> str:
+        """What computes the recurrence on that kind of device, "" where there is none."""
+        return ""
+
+    def cuda_extra_bytes(self, B: int, T: int) -> int:
+        """Bytes that a layer keeps for backward on a GPU beyond what it keeps on a CPU."""
+        return 0
+
+    # ------------------------------------------------ files
+
+    @classmethod
+    def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a file's tensors are this model's, by their names."""
+        raise NotImplementedError
+
+    @classmethod
+    def new_sizes(cls, **given: int) -> Any:
+        """Sizes of a new model, with defaults for what is not given or 0; UserError for what cannot be."""
+        raise NotImplementedError
+
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor], source: str) -> Any:
+        """The sizes of a model from its tensors' shapes; UserError, naming `source`, unless `check` holds."""
+        raise NotImplementedError
+
+    @classmethod
+    def parameter_name(cls, file_name: str) -> str:
+        """The parameter's name here of a tensor's name in a file."""
+        return file_name
+
+    @classmethod
+    def shapes(cls, sizes: Any, initial_state: bool = False) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter, in the file's order; `initial_state`: with that of a state-tuned model."""
+        with torch.device("meta"):
+            model = cls(sizes)
+            if initial_state:
+                model.add_initial_state()
+            return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+    @classmethod
+    def check(cls, sizes: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Compare names and shapes with what the sizes demand: a file is used whole or not at all."""
+        wanted = cls.shapes(sizes)
+        missing = [key for key in wanted if key not in tensors]
+        unknown = [key for key in tensors if key not in wanted]
+        if missing or unknown:
+            parts = [
+                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in (("missing", missing), ("unknown", unknown))
+                if keys
+            ]
+            raise UserError(f"{source}: not a whole {cls.title} model of {sizes.n_layer} layers: {' and '.join(parts)} tensors")
+        for key, shape in wanted.items():
+            if tuple(tensors[key].shape) != shape:
+                got = tuple(tensors[key].shape)
+                raise UserError(f"{source}: {key} is {got}, the other tensors of the file ask for {shape}")

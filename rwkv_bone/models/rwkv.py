@@ -1,0 +1,240 @@
+"""What the versions of RWKV have in common: blocks between an embedding and a head, token shift, the parts of their files."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..ops.recompute import recomputed
+from .base import USUAL, Execution, LanguageModel, Sizes
+
+
+class LayerState(NamedTuple):
+    """What one block remembers: the last inputs of its two mixers, and the WKV state."""
+
+    att_shift: Tensor  # (B, C)
+    wkv: Tensor  # (B, H, N, N), at least float32
+    ffn_shift: Tensor  # (B, C)
+
+
+@dataclass(frozen=True)
+class RWKVSizes(Sizes):
+    """C = n_embd, A = dim_att = H N (H heads of N channels), F = dim_ffn, V = vocab_size."""
+
+    dim_att: int
+    dim_ffn: int
+    head_size: int
+
+    @property
+    def n_head(self) -> int:
+        return self.dim_att // self.head_size
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes as long as a small addition even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def shift_difference(x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
+    """x one step earlier, less x. `last` (B, C), or zeros, comes first; zeros where `reset` (B, T) marks a document's start."""
+    first = torch.zeros_like(x[:, :1]) if last is None else cast(last, x.dtype).unsqueeze(1)
+    previous = torch.cat([first, x[:, :-1]], 1) if x.shape[1] > 1 else first
+    if reset is not None:
+        previous = previous.masked_fill(reset.unsqueeze(-1), 0)
+    return previous - x if previous is first else previous.sub_(x)  # not in place: `first` is the state's
+
+
+class SquaredRelu(torch.autograd.Function):
+    """relu(x)^2 with one temporary of x's size in each direction, where autograd's own takes three."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.relu(x).mul_(2).mul_(g)
+
+
+def squared_relu(x: Tensor) -> tuple[Tensor]:
+    return (SquaredRelu.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_(),)
+
+
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias=False)
+
+
+def recomputed_block(block: Callable, x: Tensor, carry: Tensor | None, state: LayerState | None):
+    """A block of which autograd keeps the inputs alone."""
+
+    def flat(x: Tensor, carry: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
+        x, carry, new = block(x, carry, LayerState(*state) if state else None)
+        return (x, *new) if carry is None else (x, *new, carry)
+
+    x, *new = recomputed(flat, x, carry, *(state or ()))
+    return x, new[3] if len(new) > 3 else None, LayerState(*new[:3])
+
+
+class RWKV(LanguageModel):
+    """Blocks between `emb` and `head`. A version gives `Sizes`, `Block` and the names of its time mixing's parameters.
+
+    `Block(sizes, layer)` maps (x (B, T, C), carry, state, reset, op) to (x, carry, state); `carry` is what a layer hands to the
+    next ones beside x, None at first.
+    """
+
+    Sizes: ClassVar[type[RWKVSizes]]
+    Block: ClassVar[type[nn.Module]]
+    targets = ("att", "ffn")
+    full_parts = ("emb", "head", "time", "ln")
+    capabilities = frozenset({"infctx", "state", "pack", "op"})
+
+    def __init__(self, sizes: RWKVSizes, execution: Execution = USUAL):
+        super().__init__(sizes, execution)
+        # not filled: a normal distribution on the meta device would import half of torch, for seconds
+        self.emb = nn.Embedding.from_pretrained(torch.empty(sizes.vocab_size, sizes.n_embd), freeze=False)
+        self.blocks = nn.ModuleList(self.Block(sizes, layer) for layer in range(sizes.n_layer))
+        self.ln_out = nn.LayerNorm(sizes.n_embd)
+        self.head = linear(sizes.n_embd, sizes.vocab_size)
+
+    # ------------------------------------------------ computing
+
+    def hidden(self, idx: Tensor, state: Any = None, reset: Tensor | None = None) -> tuple[Tensor, list[LayerState]]:
+        x, carry = self.emb(idx), None
+        new_state = []
+        for layer, block in enumerate(self.blocks):
+            run = partial(block, reset=reset, op=self.execution.op)
+            if self.execution.grad_cp and torch.is_grad_enabled():
+                run = partial(recomputed_block, run)
+            x, carry, layer_state = run(x, carry, state[layer] if state is not None else None)
+            new_state.append(layer_state)
+        return self.ln_out(x), new_state
+
+    def stages(self) -> Iterator[tuple[str, nn.Module, Callable[[Any], Any]]]:
+        yield "emb.", self.emb, lambda idx: (self.emb(idx), None)
+        for layer in range(len(self.blocks)):
+            yield f"blocks.{layer}.", self.blocks[layer], partial(self._stage, layer)
+        yield "ln_out.", self.ln_out, lambda passed: self.ln_out(passed[0])
+        yield "head.", self.head, lambda x: self.head(x)
+
+    def _stage(self, layer: int, passed: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        return self.blocks[layer](*passed, None, op=self.execution.op)[:2]
+
+    def shortened(self, layers: int) -> "RWKV":
+        short = copy.copy(self)
+        short._modules = {**self._modules, "blocks": self.blocks[:layers]}
+        return short
+
+    @torch.no_grad()
+    def initialise(self, seed: int | None = None) -> "RWKV":
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for name, tensor in self.initial_values(self.sizes, generator):
+            self.get_parameter(name).copy_(tensor)
+        return self
+
+    @classmethod
+    def initial_values(cls, sizes: Any, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The initial value of each parameter of a new model, as the version's own trainer has it."""
+        raise NotImplementedError
+
+    # ------------------------------------------------ what parameters are
+
+    def part_of(self, name: str) -> str:
+        for part in self.full_parts:
+            if self.in_part(name, part):
+                return part
+        return re.sub(r"^blocks\.\d+\.|\.weight$", "", name)
+
+    @classmethod
+    def in_part(cls, name: str, part: str) -> bool:
+        match part:
+            case "emb" | "head":
+                return name == f"{part}.weight"
+            case "ln":
+                return any(component.startswith("ln") for component in name.split("."))
+            case "time":
+                return cls.is_time(name)
+        return False
+
+    @classmethod
+    def is_time(cls, name: str) -> bool:
+        """Whether a parameter belongs to the mixing over time and is neither a projection nor a norm."""
+        raise NotImplementedError
+
+    # ------------------------------------------------ state tuning
+
+    @classmethod
+    def is_initial_state(cls, name: str) -> bool:
+        return name.endswith(".att.time_state")
+
+    # ------------------------------------------------ for people
+
+    def describe(self) -> str:
+        s = self.sizes
+        return (
+            f"{self.title}, {s.n_layer} layers, n_embd {s.n_embd}, dim_att {s.dim_att}, {s.n_head} heads of {s.head_size}, "
+            f"dim_ffn {s.dim_ffn}, vocabulary {s.vocab_size}"
+        )
+
+    # ------------------------------------------------ files
+
+    @classmethod
+    def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return version_of(tensors) == cls.version
+
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor], source: str) -> Any:
+        layers = {int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
+        try:
+            sizes = cls.read_sizes(tensors, len(layers))
+        except KeyError as error:
+            raise UserError(f"{source}: a {cls.title} model without {error.args[0]}; the file is damaged or cut") from None
+        except ValueError:
+            raise UserError(f"{source}: tensors of the wrong rank for a {cls.title} model; the file is damaged") from None
+        if sizes.dim_att % sizes.head_size:
+            raise UserError(f"{source}: head size {sizes.head_size} does not divide {sizes.dim_att}; the file is damaged")
+        cls.check(sizes, tensors, source)
+        return sizes
+
+    @classmethod
+    def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKVSizes:
+        """Sizes from shapes; KeyError for a missing tensor, ValueError for one of the wrong rank."""
+        raise NotImplementedError
+
+    @classmethod
+    def new_sizes(cls, **given: int) -> Any:
+        known = {f.name for f in fields(cls.Sizes)}
+        given = {name: size for name, size in given.items() if name in known}
+        for name in ("vocab_size", "n_layer", "n_embd", "head_size"):
+            if given.get(name, 0) < 1:
+                raise UserError(f"a new model needs --{name} of at least 1, not {given.get(name, 0)}")
+        sizes = cls.default_sizes(given)
+        if sizes.dim_ffn < 1:
+            raise UserError(f"--n_embd {sizes.n_embd} is too small for a default channel-mix size; give --dim_ffn")
+        if sizes.dim_att % sizes.head_size:
+            raise UserError(f"head size {sizes.head_size} does not divide dim_att {sizes.dim_att}; give another --head_size_a")
+        return sizes
+
+    @classmethod
+    def default_sizes(cls, given: Mapping[str, int]) -> RWKVSizes:
+        """Sizes with the version's defaults for what is not given, or 0."""
+        raise NotImplementedError
+
+
+def version_of(tensors: Mapping[str, Tensor]) -> str:
+    """The RWKV version that a state dict's names tell ("x040" to "x070"), or "" if they are no RWKV's."""
+    att = {key.split(".att.", 1)[1] for key in tensors if re.match(r"blocks\.\d+\.att\.", key)}
+    if "r_k" in att:
+        return "x070"
+    if "time_maa_x" in att or "time_maa_w1" in att:
+        return "x060"
+    if "time_decay" in att:
+        return "x050" if any(name.startswith("ln_x") for name in att) else "x040"
+    return ""
