@@ -59,6 +59,7 @@ class AdapterLinear(nn.Module):
     autocast dtype, as `nn.Linear` does.
     """
 
+    bias: nn.Parameter | None
     formula: ClassVar[str]  # what the method computes, in one line
     starts_from_gradient: ClassVar[bool] = False  # whether `start` needs the gradient of the loss by the weight
 

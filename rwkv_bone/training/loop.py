@@ -95,7 +95,8 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
         resume.set_random_state(own["random"])
     elif engine.rank:  # each device drops other units
         torch.manual_seed(seed + engine.rank)
-    restored = run = None
+    del restored  # tensors of the checkpoint
+    run = {}
     model.train()
 
     def save_checkpoint() -> None:
