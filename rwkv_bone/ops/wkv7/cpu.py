@@ -46,12 +46,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states that backward needs (empty unless `save`)."""
     B, T, H, N = r.shape
-<<<<<<< HEAD
-    y = new(r.shape, r.dtype)
-=======
     check_head(N)
-    y = torch.empty_like(r)
->>>>>>> 07e98f4
+    y = new(r.shape, r.dtype)
     state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     final_state = new((B, H, N, N), state_dtype)
     saved = new(saved_shape(r) if save else (0,), state_dtype)
