@@ -182,6 +182,17 @@ def test_the_cache_follows_xdg_and_falls_back_with_a_word(tmp_path, monkeypatch,
     assert f"cannot write {tmp_path / 'file' / 'rwkv-bone'} (Not a directory); building in {folder}" in capsys.readouterr().err
 
 
+def test_a_user_without_a_home_has_a_private_cache(tmp_path, monkeypatch, capsys):
+    """In a container run as any user there is no $HOME and no entry in the list of users."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    folder = build.cache_dir()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
+    assert build.user_cache() == folder and capsys.readouterr().err == ""
+
+
 def test_a_fallback_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
