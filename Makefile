@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[world,plot,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,test]'
 	touch $@
 
 demo: $(VENV)/installed

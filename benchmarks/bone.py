@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.doctor import cpu_name
-from rwkv_bone.ops.float32 import multiply_fast
+from rwkv_bone.ops.float32 import set_matmul_backend
 from rwkv_bone.peft import METHODS
 
 SIZES = {"0.1B": (768, 2688), "1.6B": (2048, 7168), "3B": (2560, 8960), "7B": (4096, 14336)}  # C, F of RWKV-6 World
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the tables to it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    library = "" if args.plain else multiply_fast(args.device, min(args.tokens))
+    library = "" if args.plain else set_matmul_backend(args.device, min(args.tokens))
     by = f" by {library}" if library and args.dtype == "fp32" else ""
 
     head = (

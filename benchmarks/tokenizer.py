@@ -5,7 +5,6 @@
 Compared, on one thread, with equal tokens asserted first:
     rwkv trie    the reference: rwkv.rwkv_tokenizer.TRIE_TOKENIZER
     ours         WorldTokenizer with pyrwkv-tokenizer
-    ours python  WorldTokenizer without it
     tokenizers   the World vocabulary as a model of the `tokenizers` package: byte level, then WordPiece (also a greedy longest
                  match), cut beforehand before each space that follows neither a space, \\t nor \\n: no entry of the
                  vocabulary crosses such a place, so the tokens stay the same
@@ -27,7 +26,7 @@ from pathlib import Path
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from rwkv_bone.data.tokenizer import WORLD_FILE, WorldTokenizer
+from rwkv_bone.data.tokenizer import WorldTokenizer
 from rwkv_bone.doctor import cpu_name
 
 SCRIPTS = (
@@ -66,11 +65,10 @@ def main() -> None:
     args = parser.parse_args()
 
     folder = importlib.util.find_spec("rwkv").submodule_search_locations[0]
-    world = WorldTokenizer(fast=True)
+    world = WorldTokenizer()
     programs = {
-        "rwkv trie": TRIE_TOKENIZER(os.path.join(folder, WORLD_FILE)).encode,
+        "rwkv trie": TRIE_TOKENIZER(os.path.join(folder, "rwkv_vocab_v20230424.txt")).encode,
         "ours": world.encode,
-        "ours python": WorldTokenizer(fast=False).encode,
     }
     backend = as_tokenizers(world)
     lines = [f"{datetime.date.today()}, {cpu_name()}, Python {platform.python_version()}, one thread, MB/s of UTF-8"]

@@ -20,7 +20,7 @@ import torch
 
 from rwkv_bone.doctor import cpu_name
 from rwkv_bone.models.x060 import RWKV, ModelConfig
-from rwkv_bone.ops.float32 import multiply_fast
+from rwkv_bone.ops.float32 import set_matmul_backend
 from rwkv_bone.peft import METHODS, adapters, inject
 from rwkv_bone.peft.bone import BoneLinear
 from rwkv_bone.training.loss import cross_entropy_sum
@@ -64,7 +64,7 @@ def peak_bytes(device: str) -> int:
 def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     if not args.variant.endswith(PLAIN):
-        multiply_fast(args.device, args.micro_bsz * args.ctx_len)
+        set_matmul_backend(args.device, args.micro_bsz * args.ctx_len)
     config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = RWKV(config).initialise().to(args.device, dtype)
@@ -149,7 +149,7 @@ def main() -> None:
     print(head)
     results = {}
     variants = [*VARIANTS]
-    if multiply_fast(args.device, args.micro_bsz * args.ctx_len) and args.dtype == "fp32":
+    if set_matmul_backend(args.device, args.micro_bsz * args.ctx_len) and args.dtype == "fp32":
         variants += [variant + PLAIN for variant in VARIANTS]
     for variant in variants:
         run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, text=True)

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from rwkv_bone.doctor import cpu_name
 from rwkv_bone.models.x060 import RWKV, ModelConfig
-from rwkv_bone.ops import build, wkv6_cpu
+from rwkv_bone.ops import build, cpu
+from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -172,9 +173,9 @@ def errors(function: Callable, dtype: torch.dtype, device: str, N: int) -> list[
 
 def multiply_add_peak(threads: int) -> float:
     """Multiply-adds a second that `threads` threads do together, in the best instruction set of the kernel."""
-    variant = wkv6_cpu.variants()[-1]
+    variant = wkv6_cpu.kernels.variants[-1]
     width = {"avx512": 64, "avx2": 32, "portable": 16}[variant]
-    flags = ("-O3", "-fPIC", f"-DWIDTH={width}", *wkv6_cpu.VARIANT_FLAGS[variant])
+    flags = ("-O3", "-fPIC", f"-DWIDTH={width}", *cpu.VARIANT_FLAGS[variant])
     source = build.Object(Path(__file__).with_name("fma_peak.cpp"), flags)
     library = build.load(build.build("fma_peak", [source], build.cxx_compiler()))
     library.multiply_adds.argtypes, library.multiply_adds.restype = [ctypes.c_long], ctypes.c_float

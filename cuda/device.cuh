@@ -29,6 +29,7 @@ DEVICE uint32_t pack_bf16(float low, float high) {
 }
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // The thread's place in its warp, read anew at every call: what is made of it need not live in registers from one use to
 // the next.
@@ -146,10 +147,14 @@ static int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 #define DYNAMIC_SHARED(name) unsigned char* name = shim::dynamic_shared.data()
 
 DEVICE float bits_to_float(uint32_t bits) { return shim::bits_to_float(bits); }
-DEVICE int lane_index() { return shim::current->lane; }
-DEVICE uint32_t round_to_bf16(float x) {
+DEVICE uint32_t float_to_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
+  return bits;
+}
+DEVICE int lane_index() { return shim::current->lane; }
+DEVICE uint32_t round_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
@@ -163,8 +168,7 @@ DEVICE uint32_t max_bf16(uint32_t a, uint32_t b) {
                    fmaxf(bits_to_float(a & 0xffff0000u), bits_to_float(b & 0xffff0000u)));
 }
 DEVICE uint32_t to_tf32(float x) {  // nearest, ties away from zero
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
+  const uint32_t bits = float_to_bits(x);
   return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000u : bits;
 }
 DEVICE void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, CUDA_SHIM_HERE) {

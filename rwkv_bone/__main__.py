@@ -1,9 +1,10 @@
 """`rwkv-bone COMMAND ...` and `python -m rwkv_bone COMMAND ...`: every program of the package under one name."""
 
+import difflib
 import importlib
 import sys
 
-from .errors import UserError, run
+from .errors import UserError, checked, hint, run
 
 COMMANDS = {
     "train": ("rwkv_bone.training.run", "fine-tune, or train from scratch"),
@@ -19,15 +20,16 @@ COMMANDS = {
 
 
 def main() -> int:
-    name, *argv = sys.argv[1:] or ["--help"]
+    name, *argv = checked(sys.argv[1:]) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: rwkv-bone COMMAND ...\n")
         for command, (_, text) in COMMANDS.items():
             print(f"  {command:10} {text}")
-        print("\nrwkv-bone COMMAND --help tells a command's flags")
+        print("\nrun rwkv-bone COMMAND --help for options")
         return 0
     if name not in COMMANDS:
-        raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}{hint(near)}")
     return importlib.import_module(COMMANDS[name][0]).main(argv) or 0
 
 

@@ -1,49 +1,26 @@
-"""The command line of train.py as one frozen dataclass: every flag, its meaning, and the community's names for it.
+"""The command line of train.py as one frozen dataclass: every flag and its meaning.
 
 What a file knows (sizes of the model, dtype of the data) no flag asks; where such a flag is given, it must agree with the file.
+Command lines of RWKV-PEFT, RWKV-LM and RWKV-Runner are read by interop/rwkv_peft_flags.py, which puts them into these words.
 """
 
 import argparse
 import difflib
+import importlib.util
 import json
+import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .data.documents import DATA_TYPES
 from .data.samples import DATALOADS
-from .errors import Parser, UserError, hint
-from .interop.rwkv_peft_flags import method_from_community
-from .models import VERSIONS
-from .peft import METHODS, PROJECTIONS, TRAIN_PARTS
+from .errors import Parser, UserError, checked, hint
+from .interop.rwkv_peft_flags import read_command_line
+from .models import MODELS
+from .peft import METHODS
 from .peft.quant import KINDS
-
-# Flags of RWKV-LM and RWKV-PEFT that mean nothing here: accepted at the values their scripts pass, refused at any other.
-LEGACY: dict[str, tuple[str, ...]] = {
-    "pre_ffn": ("0",),
-    "head_qk": ("0",),
-    "tiny_att_dim": ("0",),
-    "tiny_att_layer": ("-999",),
-    "my_pile_version": ("1",),
-    "my_pile_stage": ("0",),
-    "my_pile_shift": ("-1", "0"),
-    "my_pile_edecay": ("0",),
-    "my_sample_len": ("0",),
-    "my_ffn_shift": ("1",),
-    "my_att_shift": ("1",),
-    "my_pos_emb": ("0",),
-    "my_qa_mask": ("0",),
-    "my_random_steps": ("0",),
-    "my_exit": ("99999999",),
-    "my_exit_tokens": ("0",),
-    "load_partial": ("0",),
-    "magic_prime": ("0",),
-    "head_size_divisor": ("8",),
-    "weight_decay_final": ("-1",),
-    "dropout": ("0", "0.0"),
-    "optim": ("none", "adam"),
-    "avg_loss": ("0",),
-    "enable_progress_bar": ("True",),
-}
 
 PRECISIONS = {
     "auto": "auto",
@@ -56,9 +33,8 @@ PRECISIONS = {
     "tf32": "tf32",
 }
 STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{s}" for s in ("1", "2", "2_offload", "3", "3_offload")))
-
-
-OPS = ("auto", "cuda", "cpu", "torch", "fla", "triton")  # the last two are RWKV-PEFT's: the kernels here are our own
+SCHEDULES = ("exp", "linear", "cos", "warmup_cos", "wsd", "constant")
+OPS = ("auto", "cuda", "cpu", "torch", "fla", "triton")  # triton, RWKV-PEFT's name, is fla here
 
 AT_LEAST = {
     1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a chunk_ctx",
@@ -76,8 +52,8 @@ def flag(default: Any, group: str, help: str, choices=None, **more) -> Any:
 class TrainConfig:
     """One training run. Each field is the flag `--name`; sizes of 0 mean "as the file has it", or the default of a new model."""
 
-    load_model: str = flag("", "model", "RWKV-6 .pth to train; \"\" makes a new model of --n_layer, --n_embd, --vocab_size")
-    my_testing: str = flag("x060", "model", "model version", choices=tuple(VERSIONS))
+    load_model: str = flag("", "model", 'RWKV .pth to train; "" makes a new model of --n_layer, --n_embd, --vocab_size')
+    my_testing: str = flag("", "model", "model version; the file of --load_model says it, for a new model: x060", choices=("", *MODELS))
     vocab_size: int = flag(0, "model", "vocabulary; checked against the file")
     n_layer: int = flag(0, "model", "layers; checked against the file")
     n_embd: int = flag(0, "model", "embedding size; checked against the file")
@@ -85,7 +61,7 @@ class TrainConfig:
     dim_ffn: int = flag(0, "model", "channel-mix size; checked against the file")
     head_size_a: int = flag(64, "model", "head size of a new model")
     quant: str = flag("none", "model", "keep the base's projections in 8 or 4 bits", choices=("none", *KINDS))
-    op: str = flag("auto", "model", "WKV6 kernel; torch needs no compiler", choices=OPS)
+    op: str = flag("auto", "model", "WKV kernel; torch needs no compiler, fla is flash-linear-attention's (GPU)", choices=OPS)
 
     data_file: str = flag("", "data", "binidx prefix, or .jsonl files (comma-separated, globs, .gz)")
     data_type: str = flag("auto", "data", "what data_file is; auto: by its ending", choices=("auto", *DATA_TYPES))
@@ -103,6 +79,8 @@ class TrainConfig:
         "which tokens of a jsonl are trained: answer (of pairs and chats; all of plain text), all or pad (every real token)",
         choices=("answer", "all", "pad", "none"),
     )
+    loss_marks: tuple[str, ...] = ()  # loss_mask "marked", RWKV-PEFT's qa and se: trained from the first text up to the second
+    data_rows: str = flag("", "data", "rows of data_file to use, FIRST:LAST, as in :1000")
     data_shuffle: bool = flag(True, "data", "new order in each epoch")
     tokenizer: str = flag("auto", "data", "for jsonl: auto (by vocabulary size), byte, world, or a tokenizer.json")
     vocab_file: str = flag("", "data", "World vocabulary file; default: that of the installed pyrwkv-tokenizer or rwkv package")
@@ -115,8 +93,8 @@ class TrainConfig:
     val_split: float = flag(0.0, "data", "or the share of data_file's documents to hold out, spread evenly over it")
 
     peft: str = flag("bone", "method", f"{', '.join(METHODS)}, or none: the whole model trains")
-    parts: tuple[str, ...] = flag(PROJECTIONS, "method", "projections that get an adapter: att, ffn, att.key, ...")
-    train_parts: tuple[str, ...] = flag((), "method", f"parts trained in full beside it: {', '.join(TRAIN_PARTS)}")
+    parts: tuple[str, ...] = flag((), "method", "layers that get an adapter: att, ffn, att.key, ...; default: the model's projections")
+    train_parts: tuple[str, ...] = flag((), "method", "parts trained in full beside it: emb, head, time, ln")
     peft_checkpoint: str = flag("", "method", "adapter .pth to start from")
     peft_init: str = flag("", "method", "with a PiSSA of RWKV-PEFT as --peft_checkpoint: its file of A and B as they started")
     peft_options: dict[str, Any] = field(default_factory=dict)  # r, alpha, ...: a flag each, those that the method has
@@ -128,15 +106,21 @@ class TrainConfig:
     epoch_steps: int = flag(0, "training", "cap on the steps of an epoch; 0: all the data")
     lr_init: float = flag(2e-5, "training", "learning rate after the warm-up")
     lr_final: float = flag(-1.0, "training", "learning rate at the end; default: lr_init")
+    repeat_data: bool = False  # an epoch is exactly epoch_steps steps: data that is shorter is read again
     lr_schedule: str = flag(
-        "exp", "training", "from lr_init to lr_final", choices=("exp", "cos", "wsd", "linear", "constant")
+        "exp",
+        "training",
+        "from lr_init to lr_final; warmup_cos: linear warm-up from 0, then a cosine; wsd: falls in the last fifth",
+        choices=SCHEDULES,
     )
-    warmup_steps: int = flag(0, "training", "steps in which the rate rises from a hundredth")
-    layerwise_lr: int = flag(1, "training", "1: time_decay learns at twice the rate")
+    warmup_steps: int = flag(0, "training", "steps in which the rate rises, from a fifth")
+    layerwise_lr: int = flag(1, "training", "1: the model's own multiples of the rate (RWKV: the decay's is doubled)")
+    objective: str = flag("text", "training", "what is trained for; text: the next token")
+    optim: str = flag("adamw", "training", "optimizer")
     beta1: float = flag(0.9, "training", "Adam")
     beta2: float = flag(0.99, "training", "Adam")
     adam_eps: float = flag(1e-8, "training", "Adam")
-    weight_decay: float = flag(0.0, "training", "AdamW, on matrices only")
+    weight_decay: float = flag(0.0, "training", "weight decay, on matrices only")
     grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
     val_every: int = flag(0, "training", "steps between two validations; 0: at the end of each epoch")
     patience: int = flag(0, "training", "end the run after so many validations without a better one; 0: never")
@@ -170,6 +154,7 @@ class TrainConfig:
     wandb: str = flag("", "output", "log to this Weights & Biases project too (package wandb)")
     show_batch: bool = flag(False, "output", "print the first batch as text, what is trained marked, and end")
     dry_run: bool = flag(False, "output", "print what would happen, and end")
+    notes: tuple[str, ...] = ()  # how another program's command line was read, for the person; () for our own
 
     def __post_init__(self):
         for low, names in AT_LEAST.items():
@@ -187,9 +172,11 @@ class TrainConfig:
             raise UserError("--val_split holds documents of --data_file out: not with --val_file, and not with --dataload get")
         if (self.patience or self.val_every) and not (self.val_file or self.val_split):
             raise UserError("--val_every and --patience need held-out data: --val_file or --val_split")
+        if self.data_rows and not re.fullmatch(r"\d*:\d*", self.data_rows):
+            raise UserError(f"--data_rows takes FIRST:LAST, as in :1000 or 1000:2000, not {self.data_rows!r}")
         if self.resume not in ("", "auto"):
             raise UserError(f"--resume takes auto, not {self.resume!r}")
-        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+        if self.devices != "auto" and not re.fullmatch(r"[1-9][0-9]{0,5}", self.devices):
             raise UserError(f"--devices takes a number of devices or auto, not {self.devices!r}")
         if self.layerwise_lr not in (0, 1):
             raise UserError(f"--layerwise_lr takes 0 or 1, not {self.layerwise_lr}")
@@ -205,46 +192,38 @@ class TrainConfig:
             near = difflib.get_close_matches(self.peft, METHODS, 1)
             raise UserError(f"--peft {self.peft}: unknown; there are none, {', '.join(METHODS)}" + hint(near))
         if self.peft != "none":
-            METHODS[self.peft].config_from(self.peft_options, self.peft)  # refuses what the method does not have
+            try:  # refuses what the method does not have
+                METHODS[self.peft].config_from(self.peft_options, self.peft)
+            except UserError as error:
+                raise UserError(f"--peft {self.peft}: {str(error).removeprefix(f'{self.peft}: ')}") from None
+        if self.op == "fla" and self.accelerator == "cpu":
+            raise UserError("--op fla: flash-linear-attention's kernels run on GPUs alone; leave --op out on a CPU")
+        if self.op == "fla" and importlib.util.find_spec("fla") is None:
+            cure = "pip install flash-linear-attention, or leave --op out: this program has kernels of its own"
+            raise UserError(f"--op fla: flash-linear-attention is not installed; {cure}")
 
     @classmethod
     def from_argv(cls, argv: list[str] | None = None) -> "TrainConfig":
         """Parse a command line; UserError, in one line, for whatever it cannot take."""
         parser, method_options = make_parser()
-        given = vars(parser.parse_args(argv))
-        for name, usual in LEGACY.items():
-            value = given.pop(name)
-            if value is not None and value not in usual:
-                raise UserError(f"--{name} {value}: has no meaning here and is taken only at its usual value {usual[0]}")
+        read = read_command_line(checked(sys.argv[1:] if argv is None else argv))
+        given = vars(parser.parse_args(read.argv))
         for name in ("parts", "train_parts"):
             if name in given:
                 given[name] = words(given[name])
-        options = {name: given.pop(name) for name in method_options if name in given}
-        if given.get("train_type") == "state":
-            given.setdefault("peft", "none")
-        configs = {name: given.pop(name) for name in COMMUNITY_CONFIGS if name in given}
-        method, from_config, load, init = method_from_community(given.get("peft", "bone"), configs)
-        given["peft"] = method
-        given["peft_options"] = {**from_config, **options}
-        if load:
-            given.setdefault("peft_checkpoint", load)
-        if init:
-            given.setdefault("peft_init", init)
-        if given.get("op") in ("fla", "triton"):
-            given["op"] = "auto"
+        given["peft_options"] = {name: given.pop(name) for name in method_options if name in given}
+        if given.get("op") == "triton":
+            given["op"] = "fla"
         given["precision"] = PRECISIONS[given.get("precision", "auto")]
-        config = cls(**given)
+        config = cls(**{**given, **read.more}, notes=read.notes)
         return config if config.lr_final >= 0 else replace(config, lr_final=config.lr_init)
 
     def to_json(self) -> str:
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, indent=1)
 
 
-COMMUNITY_CONFIGS = ("bone_config", "lora_config", "pissa_config", "disha_config", "peft_config")
-
-
 # What other trainers call them: for "did you mean".
-ELSEWHERE = {
+ELSEWHERE: Mapping[str, str] = {
     "--learning_rate": "--lr_init",
     "--lr": "--lr_init",
     "--batch_size": "--micro_bsz",
@@ -268,9 +247,10 @@ def make_parser() -> tuple[Parser, list[str]]:
     """The parser, and the names of the flags that are options of methods."""
     parser = Parser(
         prog="train.py",
-        description="Fine-tune an RWKV-6 model with Bone or another method, or train one in full.",
+        description="Fine-tune an RWKV model with Bone or another method, or train one in full.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        epilog="Command lines of RWKV-PEFT and RWKV-LM (--bone_config, --lora, --my_testing, ...) are read too: see README.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.elsewhere = ELSEWHERE
@@ -284,10 +264,6 @@ def make_parser() -> tuple[Parser, list[str]]:
             options.setdefault(f.name, (f.default, f.metadata.get("help", ""), []))[2].append(method)
     for name, (default, text, methods) in options.items():
         add_flag(groups["method"], name, default, f"{text} [{', '.join(methods)}]")
-    for name in COMMUNITY_CONFIGS:
-        groups["method"].add_argument(f"--{name}", metavar="JSON", help="the same options as RWKV-PEFT writes them")
-    for name in LEGACY:
-        parser.add_argument(f"--{name}", default=None, help=argparse.SUPPRESS)
     return parser, list(options)
 
 

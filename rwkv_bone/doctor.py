@@ -169,11 +169,11 @@ def first_line(*command: str) -> str:
 def compilers() -> Iterator[Finding]:
     import torch
 
-    from .ops import build, wkv6_cuda
+    from .ops import build, cuda
 
     tools = [("C++ compiler", build.cxx_compiler), ("ninja", build.ninja_binary)]
     if torch.cuda.is_available():
-        tools.append(("nvcc", wkv6_cuda.nvcc))
+        tools.append(("nvcc", cuda.nvcc))
     for name, find in tools:
         try:
             path = find()
@@ -255,15 +255,9 @@ def kernels() -> Iterator[Finding]:
 def vocabulary() -> Iterator[Finding]:
     from .data.tokenizer import WorldTokenizer
 
-    try:
-        world = WorldTokenizer()
-    except UserError as error:
-        problem, _, cure = str(error).partition(": ")
-        yield Finding("note", f"{problem} (models of other vocabularies need none)", cure)
-        return
+    world = WorldTokenizer()
     assert world.decode(world.encode("déjà vu")) == "déjà vu"
-    speed = "read by pyrwkv-tokenizer" if world.fast else "read in Python; pyrwkv-tokenizer is 6 to 20 times faster"
-    yield Finding("ok", f"World vocabulary: {world.vocab_file}, {speed}")
+    yield Finding("ok", f"World vocabulary: {world.vocab_file}")
 
 
 def disk() -> Iterator[Finding]:

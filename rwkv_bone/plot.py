@@ -2,9 +2,9 @@
 
     python -m rwkv_bone.plot DIR... [--out loss.png]
 
-The loss of each step is drawn faint, and over it the mean of the steps around, each weighted by its trained tokens: so the
-line is the mean loss per token there, and does not lag behind. Speeds are averaged over time, without the first step, which
-builds kernels and warms up. Drawn with matplotlib, the optional extra `plot`.
+The loss of each step is drawn faint, and over it the smoothed loss, as training/losses.py defines it: the mean per trained token
+over the last twentieth of the steps so far, which is the number that a terminal shows. Speeds are smoothed likewise, over time,
+without the first step, which builds kernels and warms up. Drawn with matplotlib, the optional extra `plot`.
 """
 
 import json
@@ -18,9 +18,11 @@ import numpy as np
 
 from .errors import Parser, UserError, run
 from .files.atomic import atomic
+from .training.losses import smoothed
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito: for all eyes
 COLUMNS = ("step", "epoch", "loss", "lr", "t_cost", "kt_s", "trained")
+LARGEST = 1e15  # a value beyond this is none of a run's
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -43,8 +45,8 @@ def read_run(path: str | Path) -> dict[str, np.ndarray]:
             continue
         try:
             row = json.loads(line)
-            values = [math.nan if row.get(name) is None else float(row[name]) for name in COLUMNS]
-        except (ValueError, TypeError, AttributeError):
+            values = [value_of(row.get(name)) for name in COLUMNS]
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{file}, line {number}: wanted a line such as {{"step": 1, "loss": 2.5}}') from None
         if math.isnan(values[0]):
             values[0] = float(number)
@@ -54,26 +56,13 @@ def read_run(path: str | Path) -> dict[str, np.ndarray]:
     return dict(zip(COLUMNS, np.array([steps[step] for step in sorted(steps)]).T))
 
 
-def smooth(values: np.ndarray, weights: np.ndarray, window: int) -> np.ndarray:
-    """Weighted means around each value, which fall off evenly to zero about `window` values away; NaN where it is not finite.
-
-    Moving sums of an odd number of values, twice, of the weighted values and of the weights: with nothing beyond the ends.
-    """
-    half = window // 2
-    good = np.isfinite(values) & (weights > 0)
-
-    def around(x: np.ndarray) -> np.ndarray:
-        x = np.pad(x, 2 * half)  # room for what the first sums spread beyond the ends
-        for _ in range(2):
-            sums = np.pad(np.cumsum(x), (half + 1, half), mode="edge")
-            sums[: half + 1] = 0
-            x = sums[2 * half + 1 :] - sums[: len(x)]
-        return x[2 * half : len(x) - 2 * half]
-
-    near = np.isfinite(values) & (around(good.astype(float)) > 0)
-    total = around(np.where(good, weights, 0))
-    mean = around(np.where(good, values, 0) * np.where(good, weights, 0)) / np.where(near, total, 1)
-    return np.where(near, mean, np.nan)
+def value_of(value: Any) -> float:
+    """A number of a file, or NaN for null and for what is too large to be drawn; TypeError for anything else."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError
+    return float(value) if abs(value) <= LARGEST else math.nan  # NaN, too, is not within
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -107,17 +96,17 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         heights = [3, 1, 1] if with_lr else [3, 1]
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         loss_panel, speed_panel, lr_panel = panels[0], panels[-1], panels[1] if with_lr else None
-        smoothed = {}
+        lines = []
         for number, (name, columns) in enumerate(data.items()):
             step, loss, colour = columns["step"], columns["loss"], COLOURS[number % len(COLOURS)]
             weights = np.where(np.isfinite(columns["trained"]), columns["trained"], 1)
-            window = max(5, len(step) // 50) if len(step) >= 20 else 1
-            line = smoothed[name] = smooth(loss, weights, window)
+            lines.append(line := smoothed(loss, weights))
             last = line[np.isfinite(line)][-1:]
             label = f"{name}: " + (f"{last[0]:.4f}" if len(last) else "no finite loss")
-            if window > 1:
+            few = len(step) < 20
+            if not few:
                 loss_panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
-            mark = {"marker": "."} if window == 1 else {}
+            mark = {"marker": "."} if few else {}
             loss_panel.plot(step, line, color=colour, linewidth=1.8, label=label, **mark)
             bad = ~np.isfinite(loss) & (weights > 0)  # a step without a trained token has none, and rightly so
             if bad.any():
@@ -127,16 +116,16 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
             if lr_panel is not None:
                 lr_panel.plot(step, columns["lr"], color=colour, linewidth=1.5, **mark)
             speed = 1000 * columns["kt_s"]
-            if window > 1:
+            if not few:
                 speed_panel.plot(step, speed, color=colour, alpha=0.25, linewidth=0.8)
             seconds = np.where(np.isfinite(columns["t_cost"]), columns["t_cost"], 1)  # so the mean is tokens / time
             seconds[0] = 0 if len(seconds) > 1 else 1  # the first step builds and warms up
-            speed_panel.plot(step, smooth(speed, seconds, window), color=colour, linewidth=1.5, **mark)
+            speed_panel.plot(step, smoothed(speed, seconds), color=colour, linewidth=1.5, **mark)
         borders = epoch_borders(next(iter(data.values()))) if len(data) == 1 else []
         for panel in panels:
             for border in borders:
                 panel.axvline(border, color="#bbbbbb", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        loss_panel.set_ylim(*loss_limits(data.values(), smoothed.values()))
+        loss_panel.set_ylim(*loss_limits(data.values(), lines))
         loss_panel.set_ylabel("loss (nats per token)")
         loss_panel.legend(loc="upper right", title="smoothed loss at the end")
         if lr_panel is not None:

@@ -429,6 +429,16 @@ static inline T shuffle_from(unsigned mask, T value, int source, Site site) {
   return value;
 }
 
+struct Ballot {
+  bool vote;
+  unsigned result;
+};
+static void ballot(Ballot* const* lanes) {
+  unsigned votes = 0;
+  for (int i = 0; i < 32; i++) votes |= unsigned(lanes[i]->vote) << i;
+  for (int i = 0; i < 32; i++) lanes[i]->result = votes;
+}
+
 static inline float bits_to_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
@@ -545,6 +555,13 @@ static inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_SHIM_HERE) {
   int none = 0;
   shim::run_by_warp(shim::sync_warp, none, {file, line});
 }
+static inline unsigned __ballot_sync(unsigned mask, bool vote, CUDA_SHIM_HERE) {
+  if (mask != 0xffffffffu) shim::fail("%s:%d: only full warps are supported", file, line);
+  shim::Ballot b{vote, 0};
+  shim::run_by_warp(shim::ballot, b, {file, line});
+  return b.result;
+}
+static inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 template <class T>
 static inline T __shfl_sync(unsigned mask, T value, int source, CUDA_SHIM_HERE) {
   return shim::shuffle_from(mask, value, source & 31, {file, line});

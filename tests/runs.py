@@ -18,7 +18,7 @@ from rwkv_bone.files.pth import open_tensors, save_tensors
 from tests.conftest import small_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOAD = ["tests.cpu_deepspeed", "deepspeed", "rwkv_bone.training.run", "rwkv_bone.training.records", "torch._dynamo"]
+PRELOAD = ["tests.cpu_deepspeed", "deepspeed", "rwkv_bone.training.run", "lightning.fabric", "torch._dynamo"]
 
 
 def make_world(folder: Path, rows: int = 24) -> Path:

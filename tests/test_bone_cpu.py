@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import bone_cpu, wkv6_cpu
+from rwkv_bone.ops.bone import cpu as bone_cpu
 from rwkv_bone.peft.bone import BoneLinear, blocks, tile_into
 from rwkv_bone.peft.rounding import dithered
 
@@ -15,13 +15,12 @@ SHAPES = [(1, 64, 64, 64), (5, 128, 70, 64), (3, 257, 40, 257), (2, 16, 24, 8), 
 SHAPES += [(300, 96, 64, 32), (2, 1024, 8, 512), (131, 66, 40, 22)]
 
 
-@pytest.fixture(params=[*wkv6_cpu.variants(), "no pairs"])
+@pytest.fixture(params=[*bone_cpu.kernels.variants, "no pairs"])
 def variant(request, monkeypatch):
     if request.param == "no pairs":  # the fastest on a processor that has no products of bf16
         monkeypatch.setattr(bone_cpu, "takes_pairs", lambda *_: False)
     else:
-        number = wkv6_cpu.variant_number(request.param)
-        monkeypatch.setattr(wkv6_cpu, "variant_number", lambda name: number)
+        monkeypatch.setattr(bone_cpu.kernels, "variants", [request.param])
     return request.param
 
 
@@ -46,7 +45,7 @@ def test_forward_is_the_formula_bit_for_bit(variant, threads, dtype, n, in_, out
     u = torch.einsum("njk,jck->njc", blocks(x, r), b)
     xu, y = torch.full((n, in_), torch.nan, dtype=dtype), torch.full((n, out), torch.nan, dtype=dtype)
     x = x.to(dtype)
-    bone_cpu.call("bone_cpu_forward", x, out, r, x, bone_cpu.packed(b.mT, dtype), xu, y)
+    bone_cpu.call("forward", x, out, r, x, bone_cpu.packed(b.mT, dtype), xu, y)
     whole = x.float() + u.flatten(1)
     assert torch.equal(xu, whole if dtype == torch.float32 else dithered(whole, dtype))
     assert torch.equal(y, tile_into(torch.empty(n, out), u.sum(1)).to(dtype))
@@ -64,7 +63,7 @@ def test_backward_is_the_formula(variant, threads, dtype, n, in_, out, r):
     for shares, groups, wants_dx in ((1, 1, False), (1, 2, True), (3, 1, True), (2, 3, True)):
         dx = q.clone()
         db = torch.zeros(shares, m, r, -(-r // bone_cpu.LANES) * bone_cpu.LANES)
-        bone_cpu.call("bone_cpu_backward", x, out, r, x, bone_cpu.packed(b, dtype), g, dx, db, shares, groups, wants_dx)
+        bone_cpu.call("backward", x, out, r, x, bone_cpu.packed(b, dtype), g, dx, db, shares, groups, wants_dx)
         wanted = torch.einsum("njc,njk->jck", du, blocks(x.double(), r))
         assert (db.sum(0)[..., :r] - wanted).norm() < eps * wanted.norm()
         assert not db[..., r:].any()
@@ -76,12 +75,12 @@ def test_nan_and_infinity_stay(variant):
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.0, 3e38, -1.0]).bfloat16().view(1, 8)
     x.view(torch.int16)[0, 2] = -1  # a NaN of all ones: what is added to it must not make a number of it
     xu, y = torch.empty_like(x), torch.empty_like(x)
-    bone_cpu.call("bone_cpu_forward", x, 8, 1, x, bone_cpu.packed(torch.zeros(8, 1, 1), x.dtype), xu, y)
+    bone_cpu.call("forward", x, 8, 1, x, bone_cpu.packed(torch.zeros(8, 1, 1), x.dtype), xu, y)
     torch.testing.assert_close(xu[:, 3:], x[:, 3:], rtol=0, atol=0)
     assert y.isnan().all()  # 0 times infinity, as in the formula
     q, db = x.clone(), torch.zeros(1, 8, 1, 16)
     zeros, b = torch.zeros_like(x), bone_cpu.packed(torch.zeros(8, 1, 1), x.dtype)
-    bone_cpu.call("bone_cpu_backward", x, 8, 1, zeros, b, zeros, q, db, 1, 1, True)
+    bone_cpu.call("backward", x, 8, 1, zeros, b, zeros, q, db, 1, 1, True)
     torch.testing.assert_close(q[:, 3:], x[:, 3:], rtol=0, atol=0)
     assert not q[:, :3].isfinite().any()
 
@@ -103,7 +102,7 @@ def test_the_layer_computes_the_same_with_them(variant, monkeypatch, dtype, want
         y = layer(x)
         wanted = [x, layer.bone] if wants_dx else [layer.bone]
         results.append([y, *torch.autograd.grad(y.float().square().sum(), wanted)])
-    assert used == 3 * ["bone_cpu_forward"] + 3 * ["bone_cpu_backward"]
+    assert used == 3 * ["forward"] + 3 * ["backward"]
     for a, b in zip(*results):
         assert (a - b).float().norm() / b.float().norm() < (2**-7 if dtype == torch.bfloat16 else 1e-6)
 
@@ -178,7 +177,8 @@ def test_what_they_do_not_take_goes_the_other_way(monkeypatch):
     def fail():
         raise UserError("no compiler here")
 
-    monkeypatch.setattr(wkv6_cpu, "library", fail)
+    monkeypatch.delattr(bone_cpu.kernels, "library")
+    monkeypatch.setattr(bone_cpu.kernels, "build_library", fail)
     bone_cpu.available.cache_clear()
     try:
         assert not bone_cpu.fits(x, 16)

@@ -7,7 +7,9 @@ import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, guarded, guarded_nan
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import bone_cpu, bone_cuda, build, wkv6_cuda
+from rwkv_bone.ops import build, cuda
+from rwkv_bone.ops.bone import cpu as bone_cpu
+from rwkv_bone.ops.bone import cuda as bone_cuda
 from rwkv_bone.peft.bone import BoneLinear, blocks, tile_into
 from rwkv_bone.peft.rounding import add_rounded_
 
@@ -19,7 +21,8 @@ SHAPES += [(1, 2048, 16, 2048), (130, 4096, 16, 8)]
 
 @pytest.fixture(scope="module")
 def shim_library(tmp_path_factory):
-    return bone_cuda.declare(ctypes.CDLL(str(compile_for_cpu(CUDA / "bone.cu", tmp_path_factory.mktemp("bone")))))
+    library = ctypes.CDLL(str(compile_for_cpu(CUDA / "bone.cu", tmp_path_factory.mktemp("bone"))))
+    return cuda.declare(library, bone_cuda.FUNCTIONS)
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def shim(shim_library, monkeypatch):
     monkeypatch.setattr(bone_cuda, "library", lambda device: shim_library)
     monkeypatch.setattr(bone_cuda, "fits", lambda x, g, out, r: x.dtype == BF16 and bone_cuda.sizes_fit(x.shape[1], out, r))
     monkeypatch.setattr(bone_cpu, "fits", lambda *_: False)
-    monkeypatch.setattr(wkv6_cuda, "run", run)
+    monkeypatch.setattr(bone_cuda, "run", run)
     return ran
 
 
@@ -93,7 +96,7 @@ def test_that_they_cannot_be_built_is_said_once(monkeypatch, capsys):
         raise UserError("no nvcc here")
 
     monkeypatch.setattr(build, "build", fail)
-    monkeypatch.setattr(wkv6_cuda, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda, "nvcc", lambda: "nvcc")
     bone_cuda._load.cache_clear()
     assert bone_cuda._load((8, 0)) is None and bone_cuda._load((8, 0)) is None
     bone_cuda._load.cache_clear()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import build, wkv6_cpu
+from rwkv_bone.ops import build
+from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.wkv6 import wkv6
 
 REPO = Path(__file__).resolve().parents[1]
@@ -34,7 +35,6 @@ def build_answer(source: Path, cache: Path, compiler: str | None = None) -> Path
         "answer",
         [build.Object(source, ("-O1",))],
         compiler or build.cxx_compiler(),
-        headers=[source.with_name("answer.h")],
         flags=("-fPIC",),
         cache=cache,
     )
@@ -59,8 +59,7 @@ def start_build(source: Path, cache: Path, compiler: Path) -> subprocess.Popen:
     program = (
         "import ctypes, pathlib, sys; from rwkv_bone.ops import build\n"
         "source, cache = map(pathlib.Path, sys.argv[1:3]); objects = [build.Object(source, ('-O1',))]\n"
-        "headers = [source.with_name('answer.h')]\n"
-        "library = build.build('answer', objects, sys.argv[3], headers=headers, flags=('-fPIC',), cache=cache)\n"
+        "library = build.build('answer', objects, sys.argv[3], flags=('-fPIC',), cache=cache)\n"
         "print(ctypes.CDLL(str(library)).answer())"
     )
     command = [sys.executable, "-c", program, source, cache, compiler]
@@ -130,11 +129,6 @@ def test_what_nvcc_calls_fatal_is_told(answer, tmp_path):
         build_answer(answer, tmp_path, str(compiler))
 
 
-def test_a_missing_source_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"source of answer is missing: .*gone.cpp; reinstall"):
-        build.build("answer", [build.Object(tmp_path / "gone.cpp")], build.cxx_compiler(), cache=tmp_path)
-
-
 def test_without_a_compiler_says_how_to_get_one_and_that_op_torch_needs_none(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -146,17 +140,14 @@ def test_without_a_compiler_says_how_to_get_one_and_that_op_torch_needs_none(tmp
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_op_tells_of_a_missing_compiler_and_op_torch_works(grad, tmp_path, monkeypatch):
     inputs = [torch.rand(1, 4, 2, 8).requires_grad_(grad) for _ in range(3)] + [-torch.rand(1, 4, 2, 8), torch.rand(2, 8)]
-    wkv6_cpu.library.cache_clear()
-    try:
-        with monkeypatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-            patch.setenv("PATH", str(tmp_path))
-            patch.delenv("CXX", raising=False)
-            with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
-                wkv6(*inputs)
-            y, _ = wkv6(*inputs, op="torch")
-    finally:
-        wkv6_cpu.library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.delattr(wkv6_cpu.kernels, "library")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CXX", raising=False)
+        with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+            wkv6(*inputs)
+        y, _ = wkv6(*inputs, op="torch")
     torch.testing.assert_close(y, wkv6(*inputs)[0])
 
 
@@ -214,22 +205,14 @@ def test_a_damaged_library_is_named(tmp_path):
         build.load(tmp_path / "answer.so")
 
 
-def test_sources_are_found_beside_the_package_and_inside_an_installed_one(tmp_path, monkeypatch):
-    assert build.source_dir() == REPO / "cuda"
+@pytest.mark.parametrize("path", ["cpp/wkv6_cpu.cpp", "cuda/bone.cu"])
+def test_sources_are_found_beside_the_package_and_inside_an_installed_one(path, tmp_path, monkeypatch):
+    assert build.source(path) == REPO / path
     package = tmp_path / "site-packages" / "rwkv_bone"
     (package / "ops").mkdir(parents=True)
     monkeypatch.setattr(build, "__file__", str(package / "ops" / "build.py"))
-    with pytest.raises(UserError, match=r"sources are missing: looked for wkv6_cpu.cpp in .*cuda and .*cuda; reinstall"):
-        build.source_dir()
-    shutil.copytree(REPO / "cuda", package / "cuda")
-    assert build.source_dir() == package / "cuda"
-
-
-def test_every_file_that_the_cpu_kernel_includes_is_hashed(monkeypatch):
-    """A header that is left out would leave an old library in use after it changed."""
-    named = {}
-    monkeypatch.setattr(build, "build", lambda name, objects, compiler, headers, **_: named.update(files=[*headers]))
-    wkv6_cpu.build_library()
-    sources = [REPO / "cuda" / "wkv6_cpu.cpp", *named["files"]]
-    included = {line.split('"')[1] for s in sources for line in s.read_text().splitlines() if line.startswith('#include "')}
-    assert included == {header.name for header in named["files"]}
+    with pytest.raises(UserError, match=f"sources are missing: looked for .*/{path} and .*rwkv_bone/{path}; reinstall"):
+        build.source(path)
+    (package / path).parent.mkdir()
+    (package / path).touch()
+    assert build.source(path) == package / path

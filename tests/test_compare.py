@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -11,18 +12,12 @@ import pytest
 import torch
 
 from rwkv_bone.compare import command as compare
-from rwkv_bone.compare.command import (
-    Comparison,
-    Entry,
-    Run,
-    Study,
-    match_r,
-    next_rate,
-    projection_shapes,
-    to_do,
-    trained_parameters,
-)
-from rwkv_bone.compare.report import apart, smooth
+from rwkv_bone.compare import one_run
+from rwkv_bone.compare.comparison import Comparison, Entry, Run
+from rwkv_bone.compare.report import apart, markdown, smooth
+from rwkv_bone.compare.report import rows as table_rows
+from rwkv_bone.compare.study import Study
+from rwkv_bone.compare.sweep import match_r, next_rate, projection_shapes, to_do, trained_parameters
 from rwkv_bone.data.documents import open_documents
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError
@@ -286,7 +281,7 @@ def dies(answer, *rest):
 
 def test_a_run_that_dies_is_told_and_the_others_are_kept(world, done, tmp_path, monkeypatch):
     out = copy(done, tmp_path / "out")
-    monkeypatch.setattr(compare.comparison_run, "child", dies)
+    monkeypatch.setattr(one_run, "child", dies)
     with pytest.raises(UserError, match=r"lora, lr 0.1, seed 3: its process ended with code 9"):
         compare.main([str(write(world, methods={"bone": {"r": 4}, "lora": {"lrs": [1e-3, 1e-2, 1e-1]}})), "--out", str(out)])
     assert (out / "runs.jsonl").read_bytes() == (done / "runs.jsonl").read_bytes()
@@ -310,8 +305,8 @@ def test_a_rate_that_diverges_is_recorded_and_not_chosen(world, tmp_path):
         ({"step": 3}, "step is neither a flag of train.py nor one of"),
         ({"lr_init": 1e-3}, "lr_init is set by the comparison"),
         ({"held_out": None}, "held_out is missing"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"seeds": [1, 1]}, "different numbers"),
+        ({"steps": 0}, "steps must be a whole number, at least 1, not 0"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
         ({"methods": {"bnoe": {}}}, "bnoe is no method"),
         ({"methods": {"none": {"r": 3}}}, "has no option r"),
         ({"methods": {"bone": {"r": 4, "alpha": 2.0}}}, "no option alpha"),
@@ -323,3 +318,58 @@ def test_a_bad_config_is_told_in_one_line(world, tmp_path, more, message):
     with pytest.raises(UserError, match=message) as error:
         compare.main([str(write(world, "bad.json", **more)), "--out", str(tmp_path / "out")])
     assert "\n" not in str(error.value)
+
+
+ODD = (None, True, -1, 0, 10**30, 1.5, -math.inf, math.nan, 1e300, "", "x", "\0", "\ud800", "a" * 4001, [], [[]], ["x"], {},
+       {"x": []})  # fmt: skip
+
+
+def mutated(value, choose):
+    """The value with one part of it, at any depth, exchanged, removed or doubled."""
+    if isinstance(value, dict) and value and choose.random() < 0.85:
+        value, name = dict(value), choose.choice(list(value))
+        change = choose.random()
+        if change < 0.1:
+            del value[name]
+        elif change < 0.2:
+            value[choose.choice(["x", "base", "lrs", "\0", *value])] = value[name]
+        else:
+            value[name] = mutated(value[name], choose)
+        return value
+    if isinstance(value, list) and value and choose.random() < 0.5:
+        place = choose.randrange(len(value))
+        return [*value[:place], mutated(value[place], choose), *value[place + choose.randint(0, 1) :]]
+    return choose.choice(ODD)
+
+
+def test_whatever_a_config_holds_it_is_taken_or_refused_in_a_line(world, tmp_path):
+    usual, choose, taken = json.loads(write(world, val_split=0.0, parts=["att"], budget="bone").read_text()), random.Random(0), 0
+    for _ in range(300):
+        (tmp_path / "c.json").write_text(json.dumps(mutated(usual, choose)))
+        try:
+            study = Study(Comparison.read(tmp_path / "c.json"), tmp_path / "out")
+            assert study.describe() and study.to_do()
+            taken += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert 10 < taken < 150
+    for text in ("[" * 10**5, "{}", '{"steps": ' + "1" * 5000 + "}", "\x00", ""):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(UserError):
+            Comparison.read(tmp_path / "c.json")
+
+
+def test_whatever_runs_jsonl_holds_it_is_read_or_its_line_is_named(world, done, tmp_path):
+    comparison, rows, choose, read = Comparison.read(write(world)), records(done), random.Random(1), 0
+    study = Study(comparison, tmp_path / "out")
+    for _ in range(200):
+        number = choose.randrange(len(rows))
+        changed = [mutated(row, choose) if i == number else row for i, row in enumerate(rows)]
+        study.file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        try:
+            study.done = study.read()
+            assert study.describe() and markdown(table_rows(study), study.reference, True)
+            read += 1
+        except UserError as error:
+            assert f"line {number + 1} is damaged" in str(error)
+    assert 10 < read < 150

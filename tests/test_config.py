@@ -2,9 +2,11 @@
 
 import pytest
 
-from rwkv_bone.config import LEGACY, TrainConfig
+from rwkv_bone.config import TrainConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.peft import METHODS
+from rwkv_bone.training.loader import TrainingData
+from tests.runs import arguments, make_world
 
 RECIPE = """--load_model base.pth --proj_dir out --data_file data/metamath --data_type binidx --vocab_size 65536 --ctx_len 512
  --epoch_steps 1000 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --micro_bsz 16 --n_layer 32 --n_embd 2560 --pre_ffn 0
@@ -36,21 +38,9 @@ def test_train_parts_are_taken_in_every_way_that_scripts_write_them(written):
     assert parse("--train_parts", *written).train_parts == (() if written == ["[]"] else ("time", "ln"))
 
 
-@pytest.mark.parametrize("op", ["fla", "triton"])
-def test_other_trainers_kernels_mean_our_own(op):
-    assert parse("--op", op).op == "auto"
-
-
 def test_lr_final_is_lr_init_where_it_is_not_given():
     assert parse("--lr_init", "3e-4").lr_final == 3e-4
     assert parse("--lr_init", "3e-4", "--lr_final", "0").lr_final == 0
-
-
-@pytest.mark.parametrize("name", LEGACY)
-def test_a_flag_without_meaning_is_taken_at_its_usual_value_and_refused_at_another(name):
-    parse(f"--{name}", LEGACY[name][0])
-    with pytest.raises(UserError, match=f"--{name} 77: has no meaning"):
-        parse(f"--{name}", "77")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,7 +49,7 @@ def test_an_option_that_a_method_lacks_is_refused(method):
         parse("--peft", method, "--rank", "3")
     options = {"bone": "alpha", "miss": "alpha"}
     if method in options and "lora" in METHODS:
-        with pytest.raises(UserError, match=f"--peft {method} has no option {options[method]}"):
+        with pytest.raises(UserError, match=f"--peft {method}: {method} has no option {options[method]}"):
             parse("--peft", method, f"--{options[method]}", "3")
 
 
@@ -76,8 +66,10 @@ def test_an_option_that_a_method_lacks_is_refused(method):
         (["--devices", "two"], "--devices takes a number"),
         (["--grad_cp", "2"], "takes 0 or 1"),
         (["--dataload", "all"], "invalid choice: 'all'"),
-        (["--my_testing", "x070"], "invalid choice: 'x070'"),
+        (["--my_testing", "x090"], "invalid choice: 'x090'"),
         (["--bone_config", "{bone_r:64}"], "not JSON"),
+        (["--data_rows", "1000"], "--data_rows takes FIRST:LAST"),
+        (["--data_rows=-5:"], "--data_rows takes FIRST:LAST"),
         (["--resume", "last"], "--resume takes auto"),
         (["--peft", "none", "--r", "8"], "trains the whole model"),
         (["--data_file", ""], "--data_file is missing"),
@@ -94,5 +86,23 @@ def test_help_names_every_flag(capsys):
         TrainConfig.from_argv(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    for name in ("--load_model", "--peft", "--r", "--bone_config", "--resume", "model:", "output:"):
+    for name in ("--load_model", "--peft", "--r", "--resume", "model:", "output:"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "rows, kept", [(":3", [0, 1, 2]), ("2:4", [2, 3]), ("6:", [6, 7]), ("", list(range(8))), (":", list(range(8)))]
+)
+def test_only_the_rows_that_are_asked_for_are_trained(rows, kept, tmp_path):
+    make_world(tmp_path, rows=8)
+    whole, chosen = (
+        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, *more)), 257).documents
+        for more in ([], ["--data_rows", rows])
+    )
+    assert [chosen[n][0].tolist() for n in range(len(chosen))] == [whole[n][0].tolist() for n in kept]
+
+
+def test_rows_that_leave_nothing_are_refused(tmp_path):
+    make_world(tmp_path, rows=8)
+    with pytest.raises(UserError, match="--data_rows 8: of 8 documents leaves none"):
+        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, "--data_rows", "8:")), 257)

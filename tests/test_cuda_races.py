@@ -13,7 +13,10 @@ import pytest
 import torch
 from cuda_shim import CUDA, TESTS, compile_for_cpu, make_inputs
 
-from rwkv_bone.ops import bone_cuda, wkv6_cuda
+from rwkv_bone.ops.bone import cuda as bone_cuda
+from rwkv_bone.ops.cuda import declare
+from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
+from rwkv_bone.ops.wkv7 import cuda as wkv7_cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
 pytestmark = pytest.mark.slow
@@ -46,6 +49,27 @@ def run_sequential(lib: ctypes.CDLL) -> None:
         call(lib.wkv6_sequential_backward, *sizes, *inputs, gy, g_final, *outputs, g_u, state, scratch)
 
 
+def run_wkv7(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype, w_dtype: torch.dtype, T: int, N: int) -> None:
+    """Forward and backward through the host side; half of the tokens of one batch row begin a document."""
+    wkv7_cuda.library = lambda kernel, device: lib
+    wkv7_cuda.run = lambda function, device, *arguments: call(function, *arguments)
+    r, k, v, a, b, gy = (0.1 * torch.randn(2, T, 1, N).to(dtype) for _ in range(6))
+    log_w, state = -0.6 * torch.rand(2, T, 1, N).to(w_dtype), torch.randn(2, 1, N, N)
+    reset = torch.stack([torch.rand(T) < 0.5, torch.zeros(T) > 0])
+    saved = wkv7_cuda.forward(r, log_w, k, v, a, b, state, reset, True, kernel)[2]
+    wkv7_cuda.backward(r, log_w, k, v, a, b, reset, saved, gy, state, kernel)
+
+
+def run_wkv7_chunk(lib: ctypes.CDLL) -> None:
+    for w_dtype in (BF16, FP32):
+        run_wkv7(lib, "chunk", BF16, w_dtype, 150, 64)
+
+
+def run_wkv7_sequential(lib: ctypes.CDLL) -> None:
+    for N in (8, 40, 128):
+        run_wkv7(lib, "sequential", FP32, FP32, 50, N)
+
+
 def run_bone(lib: ctypes.CDLL) -> None:
     for in_, out, r in ((64, 128, 64), (4096, 16, 8), (48, 104, 24), (2048, 4096, 2048)):
         x, u, y = torch.randn(2, in_).to(BF16), torch.randn(2, in_).to(BF16), torch.randn(2, out).to(BF16)
@@ -54,9 +78,11 @@ def run_bone(lib: ctypes.CDLL) -> None:
 
 
 KERNELS = {
-    "wkv6_chunk": (wkv6_cuda.declare, run_chunk),
-    "wkv6_sequential": (wkv6_cuda.declare, run_sequential),
-    "bone": (bone_cuda.declare, run_bone),
+    "wkv6_chunk": (wkv6_cuda.FUNCTIONS, run_chunk),
+    "wkv6_sequential": (wkv6_cuda.FUNCTIONS, run_sequential),
+    "wkv7_chunk": (wkv7_cuda.FUNCTIONS, run_wkv7_chunk),
+    "wkv7_sequential": (wkv7_cuda.FUNCTIONS, run_wkv7_sequential),
+    "bone": (bone_cuda.FUNCTIONS, run_bone),
 }
 
 
@@ -72,7 +98,10 @@ def test_a_kernel_has_no_race(name, tmp_path):
     assert result.returncode == 0 and result.stdout == f"{name}: searched\n", result.stderr
 
 
-@pytest.mark.parametrize("name, barrier", [("wkv6_chunk", "__syncwarp();"), ("wkv6_sequential", "__syncthreads();")])
+BARRIERS = [("wkv6_chunk", "__syncwarp();"), ("wkv6_sequential", "__syncthreads();"), ("wkv7_chunk", "__syncwarp();")]
+
+
+@pytest.mark.parametrize("name, barrier", BARRIERS)
 def test_a_barrier_left_out_is_found(name, barrier, tmp_path):
     source = tmp_path / f"{name}.cu"
     source.write_text((CUDA / f"{name}.cu").read_text().replace(barrier, ";", 1))
@@ -83,8 +112,8 @@ def test_a_barrier_left_out_is_found(name, barrier, tmp_path):
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel, path = sys.argv[1:]
-    declare, run = KERNELS[kernel]
-    library = declare(ctypes.CDLL(path))
+    functions, run = KERNELS[kernel]
+    library = declare(ctypes.CDLL(path), functions)
     for seed in range(3):
         library.cuda_shim_seed(seed)
         run(library)

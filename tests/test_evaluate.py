@@ -1,11 +1,13 @@
 """Evaluation: what is a right answer, what is counted, going on after an interruption, and the loss of any text."""
 
-import io
+import concurrent.futures
+import importlib.metadata
 import json
 import math
 import re
 import subprocess
 import sys
+import time
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -18,12 +20,13 @@ from rwkv_bone.data.documents import Documents, open_documents
 from rwkv_bone.data.jsonl import RowEncoder, Templates
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError, run
+from rwkv_bone.evaluate import grading, problems
 from rwkv_bone.evaluate import loss as loss_module
-from rwkv_bone.evaluate import problems
-from rwkv_bone.evaluate.answers import gsm8k_answer, math_answer, math_equal
 from rwkv_bone.evaluate.command import main
+from rwkv_bone.evaluate.grading import open_grader
 from rwkv_bone.evaluate.loss import document_losses
-from rwkv_bone.evaluate.results import Progress, Results
+from rwkv_bone.evaluate.original import gsm8k_answer, math_answer, math_equal
+from rwkv_bone.evaluate.results import Results
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.generate.command import GREEDY, Completion, generate
@@ -43,7 +46,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- the papers' graders
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -161,6 +164,148 @@ def test_answers_that_the_grader_of_math_takes_for_the_same(a, b, same):
     assert math_equal(a, b) is same and math_equal(b, a) is same
 
 
+# ---------------------------------------------------------------- the default grader
+
+HARD = (  # solution's end, reference answer, whether it is right, why that is hard
+    (r"\boxed{0.5}", r"\frac{1}{2}", True, "a decimal and a fraction"),
+    (r"\boxed{\frac{2}{4}}", r"\frac12", True, "a fraction that is not reduced"),
+    (r"\boxed{0.33}", r"\frac13", False, "rounded to two places"),
+    (r"\boxed{1\frac{1}{2}}", r"\frac{3}{2}", True, "a mixed number is a sum"),
+    (r"\boxed{\frac{1}{-2}}", r"-\frac{1}{2}", True, "the sign below the line"),
+    (r"\boxed{0.1\overline{6}}", r"\frac{1}{6}", True, "a repeating decimal"),
+    (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}", True, "a root below the line"),
+    (r"\boxed{\sqrt{12}}", r"2\sqrt{3}", True, "a factor drawn out of a root"),
+    (r"\boxed{3.14}", r"\pi", False, "an approximation of a constant"),
+    (r"\boxed{1.2 \times 10^3}", "1200", True, "scientific notation"),
+    (r"\boxed{1.2e3}", "1200", True, "a programmer's notation, where e is no constant"),
+    (r"\boxed{12,345}", "12345", True, "a comma between thousands"),
+    (r"\boxed{1\,234\,567}", "1234567", True, "thin spaces between thousands"),
+    (r"\boxed{12,34}", "1234", False, "two numbers, not thousands"),
+    (r"\boxed{123456789123456789}", "123456789123456788", False, "digits beyond a float's"),
+    (r"\boxed{0.0000001}", "0.0000002", False, "digits beyond six places"),
+    (r"\boxed{(x+1)(x-1)}", "x^2-1", True, "a product and its expansion"),
+    (r"\boxed{x^2+1}", "x^2-1", False, "one sign"),
+    (r"\boxed{2\ln 2}", r"\ln 4", True, "a rule of logarithms"),
+    (r"\boxed{\tan 45^\circ}", "1", True, "an angle in degrees"),
+    (r"\boxed{\binom{5}{2}}", "10", True, "a binomial that is not worked out"),
+    (r"\boxed{3, 1}", "1, 3", True, "solutions in another order"),
+    (r"\boxed{1, 3}", "1, 3, 5", False, "a solution is missing"),
+    (r"\boxed{x = 1 \text{ or } x = 3}", "1, 3", True, "solutions with their variable"),
+    (r"\boxed{1 \pm \sqrt{2}}", r"1-\sqrt{2}, 1+\sqrt{2}", True, "two solutions in one sign"),
+    (r"\boxed{2}", r"\pm 2", False, "one of two solutions"),
+    (r"\boxed{(2, 1)}", "(1, 2)", False, "coordinates in another order"),
+    (r"\boxed{[1, 2]}", "(1, 2)", False, "a closed interval for an open one"),
+    (r"\boxed{x \ge 3}", r"[3, \infty)", True, "an inequality and its interval"),
+    (r"\boxed{(-\infty, 3) \cup (5, \infty)}", r"(5,\infty)\cup(-\infty,3)", True, "a union in another order"),
+    (r"\boxed{y = 5}", "x = 5", False, "another variable"),
+    (r"\boxed{2y = 4x + 6}", "y = 2x + 3", True, "a multiple of an equation"),
+    (r"\boxed{3-2i}", "3+2i", False, "the conjugate"),
+    (r"\boxed{\begin{bmatrix} 0.5 \\ 2 \end{bmatrix}}", r"\begin{pmatrix} \frac12 \\ 2 \end{pmatrix}", True, "other brackets"),
+    (r"\boxed{101_2}", "101_3", False, "the same digits in another base"),
+    (r"\boxed{\textbf{(B)}}", r"\text{B}", True, "a letter that chooses"),
+    (r"\boxed{\text{odd}}", r"\text{even}", False, "a word"),
+    (r"\boxed{5.50\text{ dollars}}", r"\$5.5", True, "a unit before or behind"),
+    (r"\boxed{\varnothing}", r"\emptyset", True, "two signs of one set"),
+    (r"\boxed{5}. Wait, I forgot one. The answer is: 6", "6", True, "a boxed answer that is taken back"),
+    (r"\boxed{5}. Wait, I forgot one. The answer is: 6", "5", False, "a boxed answer that is taken back"),
+    (r"\boxed{5}. To check that the answer is correct: 2+3=5", "5", True, "words that state no answer"),
+    (r"\boxed{5}. Clearly the answer is not 6.", "5", True, "a statement that is denied"),
+    (r"so $\boxed{1}$ and $\boxed{3}$.", "1, 3", True, "two boxes are one answer"),
+    ("The final answer is $\\frac{1}{2}$. I hope it is correct.", "0.5", True, "stated in words, with more behind"),
+    ("The answer is 7, where $a=3$ and $b=4$.", "7", True, "formulas behind the answer"),
+    ("**Answer:** 3/4 of a cup", r"\frac{3}{4}", True, "no formula, and a unit of words"),
+    (r"We find \( 3 \cdot 4 = 12 \).", "12", True, "nothing states it: the last formula"),
+    ("I cannot solve this.", "5", False, "there is no answer"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def graders():
+    found = {task: open_grader("math-verify", task) for task in ("gsm8k", "math")}
+    yield found
+    for grader in found.values():
+        grader.close()
+
+
+@pytest.mark.parametrize(("solution", "reference", "right", "why"), HARD, ids=[f"{i}: {case[3]}" for i, case in enumerate(HARD)])
+def test_math_is_graded_by_what_is_meant(graders, solution, reference, right, why):
+    grade = graders["math"].grade(solution, graders["math"].expected(reference))
+    assert grade.correct is right and not grade.gave_up, why
+
+
+@pytest.mark.parametrize(
+    ("solution", "value"),
+    [
+        ("#### 1/2", "0.5"),
+        ("#### 1.2e3", "1200"),
+        ("#### 12,34", "12.34"),
+        ("#### 1,234", "1234"),
+        ("#### 10 000", "10000"),
+        ("#### 1 1/2 cups", "1.5"),
+        ("#### ½", "0.5"),
+        (r"#### \frac{3}{4}", "0.75"),
+        ("#### 3 * 4", "12"),
+        ("#### 3 * 4 = 12", "12"),
+        ("#### -$5.50", "-5.5"),
+        ("#### **18** dollars", "18"),
+        ("5 and 6\n####18.\n\nUser: 7", "18"),
+        ("The answer is 5. That took 3 steps.", "5"),
+        (r"so \boxed{18} eggs in 2 boxes", "18"),
+        ("he pays \u2212$1,234.50 back", "-1234.5"),
+        ("(2+1)-5", "5"),
+    ],
+)
+def test_gsm8k_is_graded_by_the_value_of_its_final_number(graders, solution, value):
+    grader = graders["gsm8k"]
+    assert grader.grade(solution, value).correct
+    assert not grader.grade(solution, str(Decimal(value) + 1)).correct
+    for misread in ("1", "1.2", "1234", "34") if solution in ("#### 1/2", "#### 1.2e3", "#### 12,34") else ():
+        assert not grader.grade(solution, misread).correct
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_the_data_sets_own_solutions_are_right_and_changed_ones_are_wrong(graders, data, task):
+    grader = graders[task]
+    for row in rows(data / task / "test.jsonl")[::10]:
+        solution = row["answer" if task == "gsm8k" else "solution"]
+        expected = grader.expected(solution)
+        assert grader.grade(solution, expected).correct, solution
+        changed = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), expected, count=1)
+        changed = rf"\boxed{{{changed if changed != expected else expected + 'x'}}}"
+        assert not grader.grade(changed, expected).correct, changed
+
+
+def test_an_answer_that_cannot_be_worked_out_ends_only_its_own_grading(graders, monkeypatch):
+    monkeypatch.setattr(grading, "SECONDS", 1.0)
+    grader = graders["math"]
+    assert grader.grade(r"\boxed{x-1-(1-x)}", "2x-2").correct  # the process is there
+    began = time.monotonic()
+    assert grader.grade(r"\boxed{9^{9^{9^{9}}}}", "5") == (r"9^{9^{9^{9}}}", False, True)
+    assert time.monotonic() - began < 5
+    monkeypatch.undo()
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # where signals cannot end anything
+        assert pool.submit(grader.grade, r"\boxed{x-1-(1-x)}", "2x-2").result().correct
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", "\\boxed{\n", "1,", "1 ", " ab", r"\frac{1", "$a ", "answer: * ", "answer to "])
+def test_no_text_keeps_the_graders_own_rules_busy(graders, piece):
+    began = time.process_time()
+    for task in graders:
+        graders[task].grade(piece * 3000, "5")
+    assert time.process_time() - began < 2
+
+
+def test_without_the_package_one_line_says_how_to_go_on(gsm8k, model_file, pupil, monkeypatch):
+    monkeypatch.setattr(grading.importlib.metadata, "version", missing)
+    with pytest.raises(UserError, match=r"pip install 'rwkv-bone\[evaluate\]'.*--grader original"):
+        evaluate("gsm8k", "--model", "none.pth", "--data", gsm8k)
+    evaluate("gsm8k", "--model", model_file, "--data", gsm8k, "--grader", "original")
+
+
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
 # ---------------------------------------------------------------- asking for answers
 
 
@@ -193,7 +338,6 @@ def pupil(monkeypatch):
             yield Completion(index, text, [1] * 3, "length" if i == 8 else "end")
 
     monkeypatch.setattr(problems, "completions", completions)
-    monkeypatch.setattr(problems.Progress, "update", lambda *args: None)
     return state
 
 
@@ -248,6 +392,8 @@ def test_results_of_other_settings_are_not_mixed(gsm8k, model_file, pupil, tmp_p
     evaluate(*common)
     with pytest.raises(UserError, match=r"results of another max_tokens \(512, now 100\); give another --out, or --overwrite"):
         evaluate(*common, "--max_tokens", 100)
+    with pytest.raises(UserError, match=r"results of another grader \(math-verify \S+, now original\)"):
+        evaluate(*common, "--grader", "original")
     gsm8k.write_text(gsm8k.read_text() + "\n")
     with pytest.raises(UserError, match="results of another data"):
         evaluate(*common)
@@ -433,29 +579,6 @@ def test_a_data_set_is_known_by_tokens_borders_and_masks():
 # ---------------------------------------------------------------- what is shown, and bad input
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for stream in (io.StringIO(), Terminal()):
-        now[0] = 0.0
-        with Progress(200, 100, stream) as progress:
-            for done in range(101, 201):
-                now[0] += 1
-                progress.update(done, "x 1")
-        shown = stream.getvalue()
-        if stream.isatty():
-            assert shown.count("\n") == 1 and "\r[#############       ]  66%, x 1, 1:08 to go" in shown
-        else:
-            assert shown.isprintable() or set(shown) - {"\n"} == {c for c in shown if c.isprintable()}
-            assert shown.splitlines()[:2] == ["50%, x 1, 1:39 to go", "56%, x 1, 1:29 to go"]
-            assert len(shown.splitlines()) == 11 and shown.endswith("100%, x 1, 0:00 to go\n")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -468,7 +591,6 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
         (["gsm8k", "--model", "M", "--data", "D", "--batch_size", "0"], "--batch_size 0"),
         (["gsm8k", "--model", "M", "--data", "D", "--fields", "question"], "wanted name=NAME_IN_THE_FILE"),
         (["math", "--model", "M", "--data", "D"], "line 1: wanted"),
-        (["math", "--model", "M", "--data", "D", "--fields", "question=question,answer=answer"], "no answer in 'answer'"),
         (["gsm8k", "--model", "M", "--data", "D", "--out", "/proc/none/r.jsonl"], "give another --out"),
         (["loss", "--model", "M", "--data", "none"], "none"),
         (["loss", "--model", "M", "--data", "D", "--chunk_len", "0"], "--chunk_len 0"),
@@ -491,9 +613,8 @@ def test_bad_input_is_one_line_and_exit_code_2(gsm8k, model_file, capsys, argume
 def test_a_broken_problem_is_told_by_its_line(gsm8k, tmp_path, line, message):
     first = gsm8k.read_text().splitlines()[0]
     gsm8k.write_text(f"{first}\n{line}\n")
-    task = problems.TASKS["gsm8k"]
     with pytest.raises(UserError, match=message):
-        problems.read_problems(task, [str(gsm8k)], RowEncoder(BYTES), "answer")
+        problems.read_problems(open_grader("math-verify", "gsm8k"), [str(gsm8k)], RowEncoder(BYTES), "answer")
 
 
 def test_evaluation_needs_neither_lightning_nor_deepspeed():

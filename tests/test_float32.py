@@ -23,7 +23,7 @@ def onednn(monkeypatch):
 
 
 def test_what_is_chosen_on_this_machine_is_exact():
-    float32.multiply_fast("cpu", 4096)
+    float32.set_matmul_backend("cpu", 4096)
     assert float32.error_of_a_product() < 1e-6
     torch.manual_seed(0)
     x, w, b = torch.randn(700, 300), torch.randn(500, 300), torch.randn(4, 300, 40)
@@ -37,9 +37,9 @@ def test_what_is_chosen_on_this_machine_is_exact():
 
 
 def test_onednn_is_taken_for_many_tokens_on_an_amd_processor_with_avx512(onednn, monkeypatch):
-    assert float32.multiply_fast("cpu", 256) == "oneDNN"
+    assert float32.set_matmul_backend("cpu", 256) == "oneDNN"
     assert torch.get_float32_matmul_precision() == "medium"
-    assert float32.multiply_fast("cpu", 255) == ""
+    assert float32.set_matmul_backend("cpu", 255) == ""
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -51,12 +51,12 @@ def test_else_the_choice_is_torchs(onednn, monkeypatch, lacks):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     else:
         monkeypatch.setattr(float32, "error_of_a_product", lambda: 2e-3)  # bf16's
-    assert float32.multiply_fast("cpu", 4096) == ""
+    assert float32.set_matmul_backend("cpu", 4096) == ""
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_on_a_gpu_tf32_is_used_where_it_was_asked_for_and_nowhere_else(onednn):
-    assert float32.multiply_fast("cuda", 4096, tf32=True) == ""
+    assert float32.set_matmul_backend("cuda", 4096, tf32=True) == ""
     assert torch.get_float32_matmul_precision() == "high"
-    assert float32.multiply_fast("cuda", 4096) == ""
+    assert float32.set_matmul_backend("cuda", 4096) == ""
     assert torch.get_float32_matmul_precision() == "highest"

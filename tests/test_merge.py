@@ -1,6 +1,5 @@
 """merge.py: the written file is base + adapter rounded once, other programs can read it, and it is whole or not there."""
 
-import io
 import os
 import re
 import signal
@@ -206,17 +205,6 @@ def test_output_that_is_no_terminal_has_no_control_codes(paths):
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout)
     headings = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
     assert headings == ["base", "adapter", "changed", "written", "verified"]
-
-
-def test_on_a_terminal_progress_is_one_line_that_is_wiped_out(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    tensors = [("a", torch.zeros(30)), ("b", torch.zeros(10))]
-    assert list(merging.Progress(160, "merging").of(tensors)) == tensors
-    assert sys.stdout.getvalue() == "\rmerging  75%\rmerging 100%\r" + " " * 12 + "\r"
 
 
 def test_verify_compares_the_written_file_with_base_plus_adapter(paths, tmp_path, capsys):

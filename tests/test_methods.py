@@ -304,7 +304,7 @@ def test_dropout_drops_inputs_of_a_in_training_alone(name):
 @every_method
 def test_an_option_that_a_method_does_not_have_is_refused(name):
     method = METHODS[name]
-    with pytest.raises(UserError, match=f"--peft {name} has no option nonsense; it has r"):
+    with pytest.raises(UserError, match=f"{name} has no option nonsense; it has r"):
         method.config_from({"nonsense": 1}, name)
     with pytest.raises(UserError, match="r is an int, not '8'"):
         method.config_from({"r": "8"}, name)

@@ -7,34 +7,48 @@ import torch
 from torch import nn
 
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.peft import METHODS, inject, train_parts
-from rwkv_bone.training.optimiser import MasterAdamW, make_optimiser
+from rwkv_bone.peft import METHODS, inject
+from rwkv_bone.training.optimiser import MasterWeights, make_optimiser
+from rwkv_bone.training.schedule import learning_rate
 from tests.runs import lines, make_world, run_to_end
-
-# rate at progress p from 0 to 1, from 1e-2 to 1e-4
-FORMULAS = {
-    "exp": lambda p: 1e-2 * 1e-2**p,
-    "cos": lambda p: 1e-4 + 0.99e-2 * (1 + math.cos(math.pi * p)) / 2,
-    "wsd": lambda p: 1e-2 if p <= 0.8 else 1e-2 - 0.99e-2 * (p - 0.8) / 0.2,
-    "linear": lambda p: 1e-2 - 0.99e-2 * p,
-    "constant": lambda p: 1e-2,
-}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("optimiser"))
 
 
-@pytest.mark.parametrize("schedule", FORMULAS)
-def test_the_schedule_runs_over_optimiser_steps_also_where_micro_batches_are_accumulated(world, schedule):
-    flags = ("--lr_init", 1e-2, "--lr_final", 1e-4, "--lr_schedule", schedule, "--warmup_steps", 3)
+def rwkv_lm(s, S, W, a, b, shape):
+    """The formulas of RWKV-LM's trainer (exp, linear) and RWKV-PEFT's (cos, warmup_cos), written as they publish them."""
+    match shape:
+        case "exp" | "linear":
+            progress = max(0, min(1, (s - W + 1) / (S - W)))
+            rate = math.exp(math.log(a) + (math.log(b) - math.log(a)) * progress) if shape == "exp" else a + (b - a) * progress
+            return rate * (0.2 + 0.8 * s / W) if s < W else rate
+        case "cos":  # there without a warm-up
+            return b + 0.5 * (a - b) * (1 + math.cos(math.pi * s / S))
+        case "warmup_cos":
+            return a * s / W if s < W else b + 0.5 * (a - b) * (1 + math.cos(math.pi * (s - W) / (S - W)))
+
+
+@pytest.mark.parametrize(("shape", "W"), [("exp", 0), ("exp", 7), ("linear", 0), ("linear", 7), ("cos", 0), ("warmup_cos", 7)])
+def test_the_schedule_is_rwkv_lms_and_rwkv_pefts(shape, W):
+    for s in range(30):
+        assert learning_rate(s, 30, shape, 1e-2, 1e-4, W) == pytest.approx(rwkv_lm(s, 30, W, 1e-2, 1e-4, shape), rel=1e-12)
+
+
+def test_wsd_is_stable_then_falls_in_the_last_fifth():
+    rates = [learning_rate(s, 100, "wsd", 1e-2, 1e-3) for s in range(100)]
+    assert rates[:80] == [1e-2] * 80 and rates[99] == pytest.approx(1e-3)
+    assert rates[89] == pytest.approx(5.5e-3)
+
+
+def test_the_schedule_runs_over_optimizer_steps_also_where_micro_batches_are_accumulated(world):
+    flags = ("--lr_init", 1e-2, "--lr_final", 1e-4, "--warmup_steps", 3)
     more = ("--micro_bsz", 2, "--accumulate_grad_batches", 5, "--epoch_count", 2)
-    assert run_to_end(world, *flags, *more, name=schedule).codes == [0]
+    assert run_to_end(world, *flags, *more, name="accumulated").codes == [0]
     steps = 2 * math.ceil(24 / 2 / 5)
-    warm_up = [0.01 + 0.99 * min(step / 3, 1) for step in range(steps)]
-    expected = [FORMULAS[schedule](step / (steps - 1)) * warm_up[step] for step in range(steps)]
-    assert [line["lr"] for line in lines(world / schedule)] == pytest.approx(expected, rel=1e-9)
+    expected = [rwkv_lm(s, steps, 3, 1e-2, 1e-4, "exp") for s in range(steps)]
+    assert [line["lr"] for line in lines(world / "accumulated")] == pytest.approx(expected, rel=1e-9)
 
 
 def groups(model, **flags):
@@ -47,7 +61,7 @@ def groups(model, **flags):
 def test_time_decay_learns_at_twice_the_rate_by_layerwise_lr(make_model, layerwise_lr, multiple):
     model = make_model(dtype=torch.float32)
     inject(model, METHODS["bone"], METHODS["bone"].Config(8))
-    train_parts(model, ["time", "ln"])
+    model.train_parts(["time", "ln"])
     of = groups(model, layerwise_lr=layerwise_lr, lr_init=1e-3)
     for name, group in of.items():
         assert group["lr_multiplier"] == (multiple if name.endswith("time_decay") else 1), name
@@ -63,16 +77,23 @@ def test_lora_plus_has_its_own_rate_for_b(make_model):
     assert b > a == 1
 
 
-def test_weight_decay_is_on_matrices_alone(make_model):
+def test_weight_decay_is_by_rwkv_lms_rule_and_on_the_adapters_matrices(make_model):
+    """RWKV-LM decays tensors of two dimensions whose name ends in .weight: not time_faaaa, not the small LoRAs."""
     model = make_model(dtype=torch.float32)
     for name, group in groups(model, weight_decay=0.1).items():
-        matrix = model.get_parameter(name).squeeze().ndim >= 2
-        assert group["weight_decay"] == (0.1 if matrix else 0), name
+        assert group["weight_decay"] == (0.1 if name.endswith(".weight") and model.get_parameter(name).dim() == 2 else 0), name
+    inject(model, METHODS["dora"], METHODS["dora"].Config(4))
+    for name, group in groups(model, weight_decay=0.1).items():
+        assert group["weight_decay"] == (0 if "magnitude" in name else 0.1), name
+
+
+def masters(p) -> MasterWeights:
+    return MasterWeights([{"params": [p]}], lambda groups: torch.optim.AdamW(groups, lr=1e-3))
 
 
 def test_steps_below_the_resolution_of_bf16_add_up():
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimiser = MasterAdamW([{"params": [p]}], lr=1e-3)
+    optimiser = masters(p)
     for _ in range(20):
         p.grad = torch.ones_like(p)
         optimiser.step()
@@ -91,8 +112,8 @@ def test_the_state_goes_on_bitwise_masters_too():
             optimiser.step()
 
     whole, half, rest = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(3))
-    steps(MasterAdamW([{"params": [whole]}], lr=1e-3), whole, gradients)
-    first, second = (MasterAdamW([{"params": [p]}], lr=1e-3) for p in (half, rest))
+    steps(masters(whole), whole, gradients)
+    first, second = (masters(p) for p in (half, rest))
     steps(first, half, gradients[:3])
     rest.data.copy_(half)
     second.load_state_dict(first.state_dict())

@@ -1,7 +1,8 @@
-"""Pictures of runs: what is read, how it is smoothed, and what is to be seen."""
+"""Pictures of runs: what is read, and what is to be seen."""
 
 import json
 import math
+import random
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from rwkv_bone.errors import UserError, run
-from rwkv_bone.plot import COLOURS, epoch_borders, loss_limits, main, plot_runs, read_run, smooth
+from rwkv_bone.plot import COLOURS, epoch_borders, loss_limits, main, plot_runs, read_run
+from rwkv_bone.training.losses import RunningLoss
 
 
 def line(step: int, loss: float = 2.0, **more) -> dict:
@@ -46,25 +48,6 @@ def test_rwkv_pefts_lines_are_numbered(make_run):
     columns = read_run(make_run("a", [{"loss": 2.0, "t_cost": 0.5, "kt_s": 1.0}, {"loss": math.nan, "t_cost": 0.5, "kt_s": 1.0}]))
     assert columns["step"].tolist() == [1, 2]
     assert np.isnan(columns["lr"]).all() and np.isnan(columns["loss"]).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("window", [1, 5, 8])
-def test_a_smoothed_value_is_the_weighted_mean_of_its_surroundings(window):
-    generator = np.random.default_rng(0)
-    values, weights = generator.normal(size=40), generator.integers(0, 5, 40).astype(float)
-    values[[7, 20]] = math.nan, math.inf
-    apart = abs(np.arange(40)[:, None] - np.arange(40))
-    kernel = np.maximum(2 * (window // 2) + 1 - apart, 0) * np.where(np.isfinite(values), weights, 0)
-    with np.errstate(invalid="ignore"):
-        expected = kernel @ np.where(np.isfinite(values), values, 0) / kernel.sum(1)
-    expected[~np.isfinite(values)] = math.nan
-    np.testing.assert_allclose(smooth(values, weights, window), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_smoothing_does_not_lag_and_keeps_a_constant():
-    ramp = np.arange(100.0)
-    np.testing.assert_allclose(smooth(ramp, np.ones(100), 9)[9:-9], ramp[9:-9])
-    np.testing.assert_allclose(smooth(np.full(100, 3.3), np.ones(100), 9), 3.3)
 
 
 def test_the_loss_axis_shows_every_smoothed_line_and_not_one_wild_step():
@@ -168,6 +151,48 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, content, argume
     captured = capsys.readouterr()
     assert end.value.code == 2 and captured.out == ""
     assert captured.err.count("\n") == 1 and message in captured.err
+
+
+ODD = ("null", "true", '"x"', "[1]", "{}", "-1", "0", "1e308", "-1e308", "1e-320", "1" + "0" * 400, "1" * 5000, "NaN",
+       "-Infinity", "[" * 5000 + "]" * 5000, '"\\ud800"', "", "1.5.2")  # fmt: skip
+
+
+def test_whatever_a_file_holds_it_is_drawn_or_refused_in_a_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    choose = random.Random(0)
+    drawn = 0
+    for case in range(120):
+        rows = [{name: json.dumps(value) for name, value in line(step).items()} for step in range(1, 25)]
+        for _ in range(choose.randint(1, 3)):
+            row = choose.choice(rows)
+            row[choose.choice(list(row))] = choose.choice(ODD)
+            if choose.random() < 0.2:
+                row.pop(choose.choice(list(row)))
+        text = "".join("{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}\n" for row in rows)
+        if choose.random() < 0.2:
+            text = choose.choice([text[choose.randint(0, len(text)) :], text.replace("}", "", 1), choose.choice(ODD) + "\n"])
+        (tmp_path / "loss_data.jsonl").write_text(text)
+        try:
+            columns = read_run(tmp_path)
+            if case % 10 == 0 or not np.isfinite(columns["step"]).all():
+                plot_runs([tmp_path], tmp_path / "a.svg")
+            drawn += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert 20 < drawn < 100
+    values = ["1e15", "-1e15", "1e-320", "0", "null"]
+    rows = [{name: choose.choice(values) if name != "step" else str(10 ** (step % 16)) for name in line(1)} for step in range(40)]
+    text = "".join("{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}\n" for row in rows)
+    (tmp_path / "loss_data.jsonl").write_text(text)
+    plot_runs([tmp_path], tmp_path / "a.svg")
+
+
+def test_the_line_ends_at_the_smoothed_loss_that_a_terminal_shows(make_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [line(step, 2 + 1 / step, trained=step % 7 + 1) for step in range(1, 101)]
+    running = RunningLoss((row["loss"], row["trained"]) for row in rows)
+    path = make_run("a", rows)
+    assert f"<!-- {path}: {running.value:.4f} -->" in plot_runs([path], tmp_path / "a.svg").read_text()
 
 
 def test_a_run_that_does_not_exist_is_named(tmp_path):

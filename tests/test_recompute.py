@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_bone.ops.recompute import recomputed, remade
+from rwkv_bone.ops.recompute import recompute_in_backward, recomputed
 from rwkv_bone.peft import METHODS, inject
 from tests.watch import peak_bytes
 
@@ -25,7 +25,7 @@ class Case(nn.Module):
         if not again:
             p, q = self.region(x, None)
             return p @ self.W1 + q.view(-1, 8).mT.contiguous().mT @ self.W2
-        with remade(self.region, x, None, trained=[self.w]) as (p, q):
+        with recompute_in_backward(self.region, x, None, trained=[self.w]) as (p, q):
             return p @ self.W1 + q.view(-1, 8).mT.contiguous().mT @ self.W2
 
 
@@ -69,7 +69,7 @@ def test_a_layer_keeps_no_mixed_inputs(make_model, grad_cp):
     def step_of(layers: int):
         model = make_model(dtype=torch.float32, n_layer=layers, **sizes)
         inject(model, METHODS["bone"], METHODS["bone"].Config(8))
-        model.grad_cp = grad_cp
+        model = model.with_execution(grad_cp=grad_cp)
         idx = torch.randint(50, (1, T))
         return lambda: model.hidden(idx)[0].sum().backward()
 

@@ -9,23 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_bone.data import tokenizer as module
 from rwkv_bone.data.tokenizer import ENCODINGS, KINDS, ByteTokenizer, TokenizersTokenizer, WorldTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 GOLDEN = SHARED / "world_tokenizer_golden.json"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared/data/world_tokenizer_golden.json")
-has_fast = importlib.util.find_spec("pyrwkv_tokenizer") is not None
-has_world = has_fast or importlib.util.find_spec("rwkv") is not None
-pytestmark = pytest.mark.skipif(not has_world, reason="needs the World vocabulary: pip install pyrwkv-tokenizer")
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-FAST = [False, pytest.param(True, marks=pytest.mark.skipif(not has_fast, reason="needs pyrwkv-tokenizer"))]
 
 
 @pytest.fixture(scope="module")
 def world():
-    return {fast: WorldTokenizer(fast=fast) for fast in ([False, True] if has_fast else [False])}
+    return WorldTokenizer()
+
+
+@pytest.fixture(scope="module")
+def worlds(world, tmp_path_factory):
+    """World's tokenizer, and the plain one that reads other vocabularies, here of the same entries."""
+    path = tmp_path_factory.mktemp("v") / "v.txt"
+    path.write_bytes(Path(world.vocab_file).read_bytes() + b"\n")
+    return [world, WorldTokenizer(path)]
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +47,14 @@ def bpe(tmp_path_factory):
 
 
 @golden
-@pytest.mark.parametrize("fast", FAST)
-def test_world_tokens_of_golden_texts(world, fast):
+def test_world_tokens_of_golden_texts(worlds):
     entries = json.loads(GOLDEN.read_text())
-    for entry in entries["strings"]:
-        assert world[fast].encode(entry["text"]) == entry["tokens"], entry["text"][:40]
-        assert world[fast].decode(entry["tokens"]) == entry["text"]
-    for entry in entries["byte_strings"]:
-        data = bytes.fromhex(entry["bytes_hex"])
-        assert world[fast].encode_bytes(data) == entry["tokens"]
-        assert world[fast].decode_bytes(entry["tokens"]) == data
+    texts, wanted = ([entry[name] for entry in entries["strings"]] for name in ("text", "tokens"))
+    for world in worlds:
+        assert world.encode_batch(texts) == wanted == [world.encode(text) for text in texts]
+        assert [world.decode(tokens) for tokens in wanted] == texts
+        for entry in entries["byte_strings"]:
+            assert world.decode_bytes(entry["tokens"]) == bytes.fromhex(entry["bytes_hex"])
     assert len(entries["strings"]) == 86 and len(entries["byte_strings"]) == 8
 
 
@@ -64,24 +65,23 @@ def reference():
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
     folder = importlib.util.find_spec("rwkv").submodule_search_locations[0]
-    return TRIE_TOKENIZER(str(Path(folder) / module.WORLD_FILE))
+    return TRIE_TOKENIZER(str(Path(folder) / "rwkv_vocab_v20230424.txt"))
 
 
 pieces = st.lists(st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "the", " the", "User:", "é", "你", "🪿", "=", "0", "a" * 9]))
 
 
 @given(texts | pieces.map("".join))
-def test_world_tokens_of_any_text_equal_the_reference(world, reference, text):
+def test_world_tokens_of_any_text_equal_the_reference(worlds, reference, text):
     wanted = reference.encode(text)
-    for tokenizer in world.values():
+    for tokenizer in worlds:
         assert tokenizer.encode(text) == wanted
         assert tokenizer.decode(wanted) == text
 
 
 @given(st.binary())
-def test_world_tokens_of_any_bytes_equal_the_reference(world, reference, data):
-    assert world[False].encode_bytes(data) == reference.encodeBytes(data)
-    assert world[False].decode_bytes(reference.encodeBytes(data)) == data
+def test_world_decodes_the_tokens_of_any_bytes(world, reference, data):
+    assert world.decode_bytes(reference.encodeBytes(data)) == data
 
 
 @given(texts, st.sampled_from([(256, "utf-8"), (256, "utf-16-le"), (257, "utf-8"), (257, "utf-16-le")]))
@@ -104,7 +104,7 @@ def test_an_end_of_document_cannot_occur_in_text():
 
 def every_tokenizer(world, bpe):
     byte = [ByteTokenizer(v, e) for v in (256, 257) for e in ("utf-8", "utf-16-le")]
-    return [*byte, *world.values(), TokenizersTokenizer(bpe, 300)]
+    return [*byte, world, TokenizersTokenizer(bpe, 300)]
 
 
 @given(st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 300) | st.integers(60000, 66000)))
@@ -138,8 +138,16 @@ def test_unknown_ids_become_the_replacement_character(world, bpe):
 
 def test_lone_surrogates_are_refused_in_one_line(world, bpe):
     for tokenizer in every_tokenizer(world, bpe):
-        with pytest.raises(UserError, match=r"character 1 is U\+D800, half of a surrogate pair"):
-            tokenizer.encode("a\ud800b")
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["ok", text])):
+            with pytest.raises(UserError, match=r"character 1 is U\+D800, half of a surrogate pair"):
+                encode("a\ud800b")
+
+
+@given(st.lists(texts, max_size=5))
+def test_a_batch_has_the_tokens_of_its_texts(world, bpe, batch):
+    batch = [text.replace("\0", "") for text in batch]
+    for tokenizer in every_tokenizer(world, bpe):
+        assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
 
 
 def test_tokenizers_survive_pickling(world, bpe):
@@ -150,10 +158,7 @@ def test_tokenizers_survive_pickling(world, bpe):
 def test_each_tokenizer_says_what_it_is(world, bpe):
     assert [str(ByteTokenizer(256, encoding)) for encoding in ENCODINGS] == ["bytes of utf-8", "bytes of utf-16-le"]
     assert ByteTokenizer(256, "utf-16-le").identity() == {"kind": "byte", "encoding": "utf-16-le"}
-    slow = WorldTokenizer(fast=False)
-    assert str(slow) == f"World (in Python, {slow.vocab_file})" and slow.identity() == {"kind": "world", "encoding": "utf-8"}
-    if has_fast:
-        assert str(WorldTokenizer()) == "World (pyrwkv-tokenizer)"
+    assert str(world) == "World" and world.identity() == {"kind": "world", "encoding": "utf-8"}
     assert str(open_tokenizer(bpe, 300)) == f"tokenizer.json ({bpe})"
     assert {tokenizer.kind for tokenizer in every_tokenizer(world, bpe)} == set(KINDS)
 
@@ -187,19 +192,6 @@ def test_auto_chooses_by_vocabulary(bpe):
         open_tokenizer(bpe, 200)
 
 
-def test_without_packages_the_cure_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install pyrwkv-tokenizer, or give --vocab_file"):
-        open_tokenizer()
-
-
-def test_without_the_fast_package_the_tokens_are_the_same(monkeypatch):
-    path = module._find_world_file()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    tokenizer = open_tokenizer(vocab_file=path)
-    assert not tokenizer.fast and tokenizer.encode("Hello, world!") == [33155, 45, 40213, 34]
-
-
 def small_vocabulary() -> list[str]:
     return [f"{i + 1} {bytes([i])!r} 1" for i in range(256)] + ["257 'ab' 2", "258 b'abc' 3"]
 
@@ -208,9 +200,7 @@ def test_another_vocabulary_file_is_tokenized_by_its_own_entries(tmp_path):
     path = tmp_path / "v.txt"
     path.write_text("\r\n".join(small_vocabulary()), newline="")
     tokenizer = WorldTokenizer(path, 259)
-    assert tokenizer.encode("abcabxa") == [258, 257, 121, 98] and not tokenizer.fast
-    with pytest.raises(UserError, match="fast tokenizing needs"):
-        WorldTokenizer(path, 259, fast=True)
+    assert tokenizer.encode("abcabxa") == [258, 257, 121, 98] and str(path) in str(tokenizer)
 
 
 @pytest.mark.parametrize(

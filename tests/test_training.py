@@ -19,12 +19,12 @@ from rwkv_bone.errors import UserError, run
 from rwkv_bone.files.adapters import load_adapter, read_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
-from rwkv_bone.ops import wkv6_cpu
+from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.float32 import onednn_is_right
 from rwkv_bone.plot import read_run
 from rwkv_bone.training.loader import TrainingData
-from rwkv_bone.training.module import StepRecord
-from rwkv_bone.training.progress import Progress, say
+from rwkv_bone.training.logs import Logs, StepRecord, say
+from rwkv_bone.training.outputs import RunFolder
 from rwkv_bone.training.run import main
 from tests.runs import arguments, losses, make_world, run_to_end
 
@@ -79,17 +79,17 @@ def test_a_first_loss_above_that_of_guessing_is_warned_of_once(world, finished):
     assert "rwkv-0.pth; checkpoints" in said and "warning" not in finished
 
 
-def test_on_a_terminal_what_is_said_stands_on_a_line_of_its_own_above_the_bar(monkeypatch):
+def test_on_a_terminal_what_is_said_stands_on_a_line_of_its_own_above_the_bar(monkeypatch, tmp_path):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    progress = Progress(0, 2)
-    progress.update(StepRecord(step=1, epoch=0, loss=1.0, lr=1e-3, grad_norm=1.0, trained=8, tokens=8, seconds=1.0))
-    progress.bar.refresh()
+    logs = Logs(RunFolder(tmp_path), TrainConfig(data_file="-"), 0, 2, None)
+    logs.step(StepRecord(step=1, epoch=0, loss=1.0, lr=1e-3, grad_norm=1.0, trained=8, tokens=8, seconds=1.0))
+    logs.bar.refresh()
     say("validation: 1.5")
-    progress.close()
+    logs.close()
     rows = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
     assert "loss 1.0" in terminal.getvalue() and "validation: 1.5" in rows, rows
 
@@ -106,7 +106,7 @@ def test_the_device_line_names_what_was_chosen(world):
         (found,) = [line for line in train(world, "--dry_run", *flags, name="dry").splitlines() if line.startswith("device ")]
         return found
 
-    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.variants()[-1]}, 1 thread")
+    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.kernels.variants[-1]}, 1 thread")
     assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
     many = line("--micro_bsz", 256)  # rows, of a token or more each
     assert ("fp32 by oneDNN, engine" if onednn_is_right() else "fp32, engine") in many
@@ -282,7 +282,7 @@ def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(worl
 def test_a_seed_drawn_for_the_run_is_asked_too_whether_anything_is_trained(world, tmp_path, drawn, monkeypatch):
     rows = [{"question": "q" * (3 if i == 3 else 90), "answer": f"{i} it is"} for i in range(6)]
     (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("rwkv_bone.training.module.secrets.randbelow", lambda n: drawn)
+    monkeypatch.setattr("rwkv_bone.training.loop.secrets.randbelow", lambda n: drawn)
     flags = ["--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--epoch_steps", 2, "--random_seed", -1]
     argv = arguments(world, *flags, name=f"drawn{drawn}")
     if 3 in BatchSampler(6, 1, seed=drawn).order(0)[:2]:

@@ -91,7 +91,7 @@ MISTAKES = [  # what a new user types: the words after the command, and what is 
     (T, "--data_file run --fields question=frage", "--fields, --template and --format are for jsonl, and run is none"),
     (T, "--peft lorra", "--peft lorra: unknown; there are none, bone"),
     (T, "--learning-rate 1e-4", "unknown flag --learning-rate; did you mean --lr_init?"),
-    (T, "--lora_r=8", "unknown flag --lora_r=8; did you mean --r?"),
+    (T, "--lora_r=8", "unknown flag --lora_r; did you mean --r?"),
     (T, "--ctxlen 128", "unknown flag --ctxlen; did you mean --ctx_len?"),
     (T, "--lr_init fast", "argument --lr_init: invalid float value: 'fast'"),
     (T, "--quant nf4", "--quant nf4 needs bitsandbytes; pip install 'rwkv-bone[quant]'"),

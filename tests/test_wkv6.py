@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_bone.ops import cpu
 from rwkv_bone.ops import wkv6 as op
-from rwkv_bone.ops import wkv6_cpu
+from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
 from rwkv_bone.terminal import counted
 
@@ -67,7 +68,7 @@ def run(form, inputs, gy, gfinal, threads=1):
     """The same from the chunked torch form, or from the CPU kernel for one instruction set."""
     if form == "torch":
         return gradients(functools.partial(wkv6, op="torch"), inputs, gy, gfinal)
-    if form not in wkv6_cpu.variants():
+    if form not in wkv6_cpu.kernels.variants:
         pytest.skip(f"this machine has no {form}")
     y, final_state, saved = wkv6_cpu.forward(*inputs, True, form, threads)
     return y, final_state, *wkv6_cpu.backward(*inputs[:5], saved, gy, gfinal, form, threads)
@@ -119,9 +120,9 @@ def test_any_number_of_threads_gives_the_same(form, threads, shape):
 
 def test_threads_of_our_own_do_the_same_as_torchs(monkeypatch):
     shape = (1, 300, 2, 8)
-    assert wkv6_cpu.torch_threads() is not None
-    monkeypatch.setattr(wkv6_cpu, "torch_threads", lambda: None)
-    assert_close(run(wkv6_cpu.variants()[-1], *make_inputs("normal", *shape), threads=3), truth("normal", *shape), 1e-6)
+    assert cpu.torch_threads() is not None
+    monkeypatch.setattr(cpu, "torch_threads", lambda: None)
+    assert_close(run(wkv6_cpu.kernels.variants[-1], *make_inputs("normal", *shape), threads=3), truth("normal", *shape), 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -136,7 +137,7 @@ def test_gradients_of_a_slow_channel_stay_exact_over_many_tokens(form):
 
 def test_where_w_is_0_its_gradient_is_exactly_0():
     inputs, gy, gfinal = make_inputs("cut", 1, 100, 2, 24)
-    for form in ("torch", wkv6_cpu.variants()[-1]):
+    for form in ("torch", wkv6_cpu.kernels.variants[-1]):
         gw = run(form, inputs, gy, gfinal)[5]
         assert torch.all(gw[inputs[3] == -torch.inf] == 0)
 
@@ -144,7 +145,7 @@ def test_where_w_is_0_its_gradient_is_exactly_0():
 def test_large_inputs_stay_finite():
     inputs, gy, gfinal = make_inputs("extreme", 1, 100, 1, 16)
     inputs = [1e4 * x for x in inputs[:3]] + list(inputs[3:])
-    for form in ("torch", wkv6_cpu.variants()[-1]):
+    for form in ("torch", wkv6_cpu.kernels.variants[-1]):
         assert all(torch.all(x.isfinite()) for x in run(form, inputs, gy, gfinal))
 
 
@@ -238,24 +239,24 @@ def test_inputs_at_odd_addresses_are_read_right():
     inputs, gy, gfinal = make_inputs("normal", 1, 50, 2, 16)
     odd = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in inputs]
     assert all(x.data_ptr() % 8 == 4 for x in odd)
-    assert_close(run(wkv6_cpu.variants()[-1], odd, gy, gfinal), truth("normal", 1, 50, 2, 16), 1e-6)
+    assert_close(run(wkv6_cpu.kernels.variants[-1], odd, gy, gfinal), truth("normal", 1, 50, 2, 16), 1e-6)
 
 
 def test_same_input_gives_the_same_bits():
     inputs, gy, gfinal = make_inputs("normal", 2, 200, 3, 16)
-    first, second = (run(wkv6_cpu.variants()[-1], inputs, gy, gfinal, threads=2) for _ in range(2))
+    first, second = (run(wkv6_cpu.kernels.variants[-1], inputs, gy, gfinal, threads=2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_op_is_a_good_citizen_of_torch():
     for T, save in ((5, True), (5, False), (20, True)):
         inputs = [x.requires_grad_(save) for x in make_inputs("normal", 1, T, 2, 4)[0]]
-        torch.library.opcheck(op._wkv6, (*inputs, save))
-        torch.library.opcheck(op._wkv6, (*inputs[:5], None, save))
+        torch.library.opcheck(op.recurrence.op, (*inputs, save))
+        torch.library.opcheck(op.recurrence.op, (*inputs[:5], None, save))
     inputs, gy, gfinal = make_inputs("normal", 1, 20, 2, 4)
     saved = wkv6_cpu.forward(*inputs, True)[2]
-    torch.library.opcheck(op._wkv6_backward, (*inputs[:5], saved, gy, gfinal))
-    torch.library.opcheck(op._wkv6_backward, (*inputs[:5], saved, gy, None))
+    torch.library.opcheck(op.recurrence.backward_op, (*inputs[:5], saved, gy, gfinal))
+    torch.library.opcheck(op.recurrence.backward_op, (*inputs[:5], saved, gy, None))
 
 
 @pytest.mark.parametrize("op", ["auto", "torch"])
@@ -274,17 +275,16 @@ def test_compiles_to_one_graph_with_its_neighbours(op):
 
 
 def test_says_what_it_chose():
-    assert describe("cpu", FP32, 64) == f"C++ kernel, {wkv6_cpu.variants()[-1]}, {counted(torch.get_num_threads(), 'thread')}"
+    threads = counted(torch.get_num_threads(), "thread")
+    assert describe("cpu", FP32, 64) == f"C++ kernel, {wkv6_cpu.kernels.variants[-1]}, {threads}"
     assert describe("cuda", BF16, 64) == "CUDA kernel, chunk"
     assert describe("cpu", FP32, 64, op="torch") == "chunked, in plain torch"
 
 
 def test_refuses_an_instruction_set_that_the_machine_lacks(monkeypatch):
-    monkeypatch.setattr(wkv6_cpu, "variants", lambda: ["portable"])
-    wkv6_cpu.variant_number.cache_clear()
+    monkeypatch.setattr(wkv6_cpu.kernels, "variants", ["portable"])
     with pytest.raises(ValueError, match="has no avx512: choose among portable"):
         wkv6_cpu.forward(*make_inputs("normal", 1, 5, 1, 8)[0], False, "avx512")
-    wkv6_cpu.variant_number.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 from cuda_shim import CUDA, compile_for_cpu, error, make_log_w
 
 from rwkv_bone.errors import UserError
+from rwkv_bone.ops import cuda
 from rwkv_bone.ops import wkv6 as op
-from rwkv_bone.ops import wkv6_cuda
+from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_bone.ops.wkv6 import wkv6, wkv6_reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -21,7 +22,7 @@ def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     names = ("sequential", "chunk")
     paths = {name: compile_for_cpu(CUDA / f"wkv6_{name}.cu", folder) for name in names}
-    return {name: wkv6_cuda.declare(ctypes.CDLL(str(path))) for name, path in paths.items()}
+    return {name: cuda.declare(ctypes.CDLL(str(path)), wkv6_cuda.FUNCTIONS) for name, path in paths.items()}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def shim(libraries, monkeypatch):
     monkeypatch.setattr(wkv6_cuda, "library", library)
     monkeypatch.setattr(wkv6_cuda, "run", run)
     monkeypatch.setattr(wkv6_cuda, "multiprocessors", lambda device: 4)
-    monkeypatch.setattr(op, "_kernels", lambda device: wkv6_cuda)
+    monkeypatch.setitem(op.recurrence.kernels, "cpu", wkv6_cuda)
     return ran
 
 
@@ -94,7 +95,7 @@ def test_output_state_and_gradients_equal_the_reference(shim, dtype, w_dtype, N,
 @pytest.mark.parametrize("dtype, N", [(FP32, 8), (BF16, 64)])
 def test_the_registered_op_is_sound(shim, dtype, N):
     arguments = make_inputs(dtype, dtype, 20, N).values()
-    torch.library.opcheck(op._wkv6, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op.recurrence.op, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_tensors_in_the_middle_of_another_are_taken(shim):
@@ -107,17 +108,6 @@ def test_tensors_in_the_middle_of_another_are_taken(shim):
     assert all(map(torch.equal, wkv6(**shifted), want))
 
 
-def test_it_says_once_which_kernel_runs(shim, capsys):
-    wkv6_cuda._announce.cache_clear()
-    for _ in range(2):
-        wkv6(**make_inputs(BF16, BF16, 3, 64))
-        wkv6(**make_inputs(FP32, FP32, 3, 8))
-    assert capsys.readouterr().err.splitlines() == [
-        "rwkv-bone: wkv6 runs the chunk CUDA kernel (bfloat16, heads of 64)",
-        "rwkv-bone: wkv6 runs the sequential CUDA kernel (float32, heads of 8)",
-    ]
-
-
 @pytest.mark.parametrize("dtype, N", [(torch.float64, 8), (FP32, 129)])
 def test_what_no_kernel_takes_is_refused(shim, dtype, N):
     with pytest.raises(ValueError, match=rf"up to 128 channels, not {dtype} and {N}; use op='torch'"):
@@ -125,11 +115,11 @@ def test_what_no_kernel_takes_is_refused(shim, dtype, N):
 
 
 def test_without_nvcc_it_says_how_to_get_one(monkeypatch):
-    monkeypatch.setattr(wkv6_cuda.shutil, "which", lambda *args, **kwargs: None)
+    monkeypatch.setattr(cuda.shutil, "which", lambda *args, **kwargs: None)
     for version, cure in [("13.0", r"pip install 'nvidia-cuda-nvcc==13\.0\.\*'"), ("12.8", "install the CUDA 12.8 toolkit")]:
         monkeypatch.setattr(torch.version, "cuda", version)
         with pytest.raises(UserError, match=rf"need nvcc.*: {cure}.*, or use --op torch"):
-            wkv6_cuda.nvcc()
+            cuda.nvcc()
 
 
 def test_nvcc_is_taken_from_cuda_home_before_path(monkeypatch, tmp_path):
@@ -138,34 +128,34 @@ def test_nvcc_is_taken_from_cuda_home_before_path(monkeypatch, tmp_path):
         (tmp_path / folder / "nvcc").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    assert wkv6_cuda.nvcc() == str(tmp_path / "path" / "nvcc")
+    assert cuda.nvcc() == str(tmp_path / "path" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert wkv6_cuda.nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
+    assert cuda.nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
 
 
 def test_a_driver_older_than_nvcc_is_told_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(wkv6_cuda, "nvcc", lambda: "/opt/cuda-14/bin/nvcc")
+    monkeypatch.setattr(cuda, "nvcc", lambda: "/opt/cuda-14/bin/nvcc")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     insufficient_driver = 35
     with pytest.raises(UserError, match=r"/opt/cuda-14/bin/nvcc, which is newer than.*CUDA_HOME to a toolkit of CUDA 12\.8"):
-        wkv6_cuda.run(lambda *arguments: insufficient_driver, torch.device("cuda:0"))
+        cuda.run(lambda *arguments: insufficient_driver, torch.device("cuda:0"))
 
 
 def test_an_old_gpu_is_refused():
     with pytest.raises(UserError, match=r"8\.0 \(Ampere\) or newer, and this one has 7\.5; use --op torch"):
-        wkv6_cuda.build_library("sequential", (7, 5))
+        cuda.build_library("wkv6_sequential", (7, 5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["sequential", "chunk"])
 def test_nvcc_builds_a_library_that_loads(kernel, tmp_path):
     try:
-        wkv6_cuda.nvcc()
+        cuda.nvcc()
     except UserError as absent:
         pytest.skip(str(absent))
-    lib = wkv6_cuda.declare(ctypes.CDLL(str(wkv6_cuda.build_library(kernel, (8, 0), cache=tmp_path))))
+    lib = cuda.declare(ctypes.CDLL(str(cuda.build_library(f"wkv6_{kernel}", (8, 0), cache=tmp_path))), wkv6_cuda.FUNCTIONS)
     forward, no_work = getattr(lib, f"wkv6_{kernel}_forward"), 0
     arguments = [no_work if kind in (ctypes.c_int, ctypes.c_int64) else None for kind in forward.argtypes]
     assert forward(*arguments) == 1  # cudaErrorInvalidValue: no batch rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_shim import DECAYS, error, make_inputs, reference
 
-from rwkv_bone.ops import wkv6_cuda
+from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_bone.ops.wkv6 import wkv6
 
 if not torch.cuda.is_available():

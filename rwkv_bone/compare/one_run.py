@@ -1,4 +1,4 @@
-"""One run of a comparison: train, measure, answer. See compare.py."""
+"""One run of a comparison: train, measure, answer. See study.py."""
 
 import json
 import math
@@ -22,35 +22,32 @@ from ..config import TrainConfig
 from ..data.documents import Documents
 from ..errors import UserError
 from ..evaluate.loss import document_losses
-from ..models.x060 import RWKV
-from ..ops.float32 import multiply_fast
-from ..training.fit import device_type, fit, precision, tokens_at_once
+from ..models import LanguageModel
+from ..ops.float32 import set_matmul_backend
 from ..training.loader import TrainingData
-from ..training.run import adapt, make_model, mean_loss
+from ..training.loop import fit, tokens_at_once
+from ..training.objectives import OBJECTIVES, mean_loss
+from ..training.run import adapt, make_model
+from ..training.strategies import device_type, make_engine
+from ..training.summary import precision
 
 
-class TimedData(TrainingData):
-    """Notes the process's CPU time whenever a micro batch is made."""
+class Clock:
+    """Notes the process's CPU time whenever a micro batch is made of samples."""
 
-    def __init__(self, documents: Documents, config: TrainConfig):
-        self.clock: list[float] = []
-        super().__init__(documents, config)
+    def __init__(self, data: TrainingData):
+        self.times: list[float] = []
+        self.collate, data.collate = data.collate, self.noted
+        self.micro_batches = data.config.accumulate_grad_batches
 
-    def batches(self, *args, **options):
-        batches = super().batches(*args, **options)
-        collate = batches.collate
-
-        def noted(rows):
-            self.clock.append(time.process_time())
-            return collate(rows)
-
-        batches.collate = noted
-        return batches
+    def noted(self, rows):
+        self.times.append(time.process_time())
+        return self.collate(rows)
 
     def cpu_seconds(self) -> float:
         """CPU time of a step, the median."""
-        each = [after - before for before, after in zip(self.clock, self.clock[1:])]
-        return statistics.median(each or [0.0]) * self.config.accumulate_grad_batches
+        each = [after - before for before, after in zip(self.times, self.times[1:])]
+        return statistics.median(each or [0.0]) * self.micro_batches
 
 
 def peak_bytes(device: str) -> int:
@@ -62,7 +59,7 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def held_out_losses(model: RWKV, documents: Documents, ids: Sequence[int]) -> tuple[float, float]:
+def held_out_losses(model: LanguageModel, documents: Documents, ids: Sequence[int]) -> tuple[float, float]:
     """Mean loss per token of the documents `ids[0]`, `ids[2]`, ..., and that of `ids[1]`, `ids[3]`, ..."""
     model.eval()
     order = sorted(range(len(ids)), key=lambda place: -documents.sizes[ids[place]])
@@ -85,22 +82,24 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
     torch.manual_seed(config.random_seed)
     device = device_type(config)
     before = peak_bytes(device)
-    model, data = make_model(config), TimedData(documents, config)
-    losses, seconds, diverged = [], [], ""
+    model, data = make_model(config), TrainingData.of_documents(documents, config)
+    objective, engine, clock = OBJECTIVES[config.objective](config), make_engine(config), Clock(data)
+    losses, tokens, seconds, diverged = [], [], [], ""
     began = time.monotonic()
     if base:
-        multiply_fast(device, tokens_at_once(data, config), precision(config) == "tf32")
+        set_matmul_backend(device, tokens_at_once(data, config), precision(config) == "tf32")
         model.to(device).eval()
         with torch.no_grad():
-            for step in data.loader(0, 1, config.random_seed, 0, data.steps_per_epoch(1) * config.epoch_count):
+            for step in data.steps(0, 1, config.random_seed, 0, data.steps_per_epoch(1) * config.epoch_count):
                 micro = [{name: tensor.to(device) for name, tensor in m.items()} for m in step]
-                weights = [int((m["targets"] >= 0).sum()) for m in micro]
-                losses.append(sum(float(mean_loss(model, m)) * n for m, n in zip(micro, weights)) / max(sum(weights), 1))
+                weights = [int(objective.count(m)) for m in micro]
+                losses.append(sum(float(mean_loss(model, objective, m)) * n for m, n in zip(micro, weights)) / max(sum(weights), 1))
+                tokens.append(sum(weights))
     else:
-        adapt(model, data, config)
-        data.clock.clear()
+        config = adapt(model, data, objective, config, engine)
+        clock.times.clear()
         try:
-            if code := fit(model, data, config):
+            if code := fit(model, data, objective, config, engine):
                 raise KeyboardInterrupt(code)
         except UserError as error:
             if not re.match(r"step \d+: loss ", str(error)):
@@ -109,6 +108,7 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
         for line in (Path(config.proj_dir) / "loss_data.jsonl").read_text().splitlines():
             step = json.loads(line)
             losses.append(step["loss"] or 0.0)  # nothing was trained: as the base's above
+            tokens.append(step["trained"])
             seconds.append(step["t_cost"])
     peak = peak_bytes(device) - before
     choosing, reported = (math.inf, math.inf) if diverged else held_out_losses(model.to(device), held_out, ids)
@@ -117,12 +117,13 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
         "held_out_loss": reported,
         "trained": 0 if base else sum(p.numel() for p in model.parameters() if p.requires_grad),
         "step_seconds": statistics.median(seconds[1:] or seconds or [0.0]),  # the first one warms up
-        "step_cpu_seconds": 0.0 if base else data.cpu_seconds(),
+        "step_cpu_seconds": 0.0 if base else clock.cpu_seconds(),
         "peak_bytes": peak,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "seconds": time.monotonic() - began,
         "diverged": diverged,
         "losses": losses,
+        "step_tokens": tokens,  # trained ones, the weights of the losses
     }
 
 
@@ -146,5 +147,6 @@ def child(answer, config: TrainConfig, *data) -> None:
             answer.send(("refused", str(error)))
         except KeyboardInterrupt:
             answer.send(("stopped", ""))
-        except Exception:  # told to the process that waits, which stops
-            answer.send(("crashed", traceback.format_exc()))
+        except Exception as error:  # told to the process that waits, which stops
+            traceback.print_exc()
+            answer.send(("crashed", f"{type(error).__name__}: {error}"))

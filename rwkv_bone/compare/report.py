@@ -1,4 +1,4 @@
-"""What a comparison found, as files: table.md, table.csv, runs.csv, curves.csv and curves.png. See compare.py.
+"""What a comparison found, as files: table.md, table.csv, runs.csv, curves.csv and curves.png. See command.py.
 
 The picture's curves are differences: a step's loss less that of the untrained model, or of the reference method, on the same
 batch. As each batch is new when it is met (in the first epoch), and as the methods meet the same ones, this is how fast each
@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..training.losses import mean_loss
 
 Row = dict[str, Any]
 
@@ -49,13 +51,18 @@ def rows(study) -> list[Row]:
                 "held_out_sd": spread,
                 "difference": apart,
                 "difference_sd": apart_spread,
-                "training_loss": mean_and_spread([statistics.fmean(r["losses"]) for r in steps])[0],
+                "training_loss": mean_and_spread([mean_loss(r["losses"], step_tokens(r)) for r in steps])[0],
                 "step_seconds": min((r["step_seconds"] for r in records), default=0.0),
                 "step_cpu_seconds": min(r["step_cpu_seconds"] for r in records),
                 "peak_bytes": statistics.median(r["peak_bytes"] for r in records),
             }
         )
     return sorted(found, key=lambda row: row["held_out_loss"])
+
+
+def step_tokens(record: Row) -> list[int]:
+    """The trained tokens of each step; records of earlier versions do not say them, and count all steps alike."""
+    return record.get("step_tokens") or [1] * len(record["losses"])
 
 
 def signed(value: float, spread: float) -> str:
@@ -178,9 +185,10 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
                        if run.entry.label == label and run.seed == study.comparison.seeds[0])  # fmt: skip
         tried = [(lr, loss) for lr, loss in tried if math.isfinite(loss)]
         seen += [loss for _, loss in tried]
-        middle.plot(*zip(*tried), "o-", ms=4, color=colours[label], lw=widths[label], zorder=front[label])
+        rates = [lr for lr, _ in tried]
+        middle.plot(rates, [loss for _, loss in tried], "o-", ms=4, color=colours[label], lw=widths[label], zorder=front[label])
     untrained = max((record["choosing_loss"] for record in base), default=math.inf)
-    low, high = min(seen), min(max(seen), untrained)  # what is worse than no training needs no room
+    low, high = min(seen, default=0.0), min(max(seen, default=0.0), untrained)  # what is worse than no training needs no room
     if low < high:
         middle.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     middle.set(xscale="log", xlabel="learning rate", ylabel="nats a token",
@@ -189,7 +197,7 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
     for place, label in enumerate(labels):
         losses = [record["held_out_loss"] for record in best[label]]
         right.plot(losses, [place] * len(losses), "o", ms=6, alpha=0.6, color=colours[label], zorder=3)
-        right.plot([statistics.fmean(losses)], [place], "|", ms=18, mew=2, color=colours[label], zorder=4)
+        right.plot([mean_and_spread(losses)[0]], [place], "|", ms=18, mew=2, color=colours[label], zorder=4)
     right.set_yticks(range(len(labels)), labels)
     for tick, label in zip(right.get_yticklabels(), labels):
         tick.set_color(colours[label])

@@ -3,17 +3,20 @@
     documents = open_documents("data/mine", tokenizer=tokenizer, vocab_size=65536)
     len(documents);   documents[i] -> tokens int64 (size,), trained bool (size,)
 
-binidx stays on disk, mapped. jsonl and text are tokenised once, into memory (2 to 5 bytes a token; for more than a few GB
-make a binidx with jsonl_to_binidx).
+binidx stays on disk, mapped. Rows and text are tokenised once, into memory (2 to 5 bytes a token; for more than a few GB make a
+binidx with jsonl_to_binidx).
 """
 
+import glob
 import os
 
 import numpy as np
 
 from ..errors import UserError
 from .binidx import BinidxDocuments, prefix_of
-from .jsonl import LOSS_MASKS, RowEncoder, encode_files, find_files
+from .encode import LOSS_MASKS, RowEncoder, encode_files
+from .files import KINDS, find_files, kind_of_path
+from .rows import Tally
 from .tokenizer import Tokenizer
 
 DATA_TYPES = ("binidx", "jsonl", "numpy", "utf-8")
@@ -24,13 +27,13 @@ class Documents:
     """tokens  one flat array of any integer type (or float64 with whole numbers), in memory or mapped
     starts   int64 (n,), each document's first place in `tokens`;   sizes   (n,), tokens in each
     mask     uint8, as long as `tokens`, 1 = trained; None = all are
-    name     for messages;   skipped   empty rows that were left out
+    name     for messages;   tally   what happened to the rows of the files: left out, changed, fields not read
     """
 
-    def __init__(self, tokens, starts, sizes, mask=None, name="data", skipped: int = 0, reopen=None):
+    def __init__(self, tokens, starts, sizes, mask=None, name="data", tally: Tally | None = None, reopen=None):
         self.tokens, self.mask = tokens, mask
         self.starts, self.sizes = np.asarray(starts, np.int64), np.asarray(sizes, np.int64)
-        self.name, self.skipped = name, skipped
+        self.name, self.tally = name, tally or Tally()
         self._reopen = reopen  # (function, arguments) that make the same again in another process
 
     @classmethod
@@ -40,20 +43,20 @@ class Documents:
         return cls(docs.tokens, docs.starts, docs.sizes, mask, docs.prefix, reopen=(cls.from_binidx, (docs.prefix, use_mask)))
 
     @classmethod
-    def from_jsonl(cls, paths, encoder: RowEncoder, workers: int = 1) -> "Documents":
-        """`paths`: files and globs."""
-        files = find_files(paths)
-        batches = list(encode_files(files, encoder, workers))
-        skipped = sum(batch.skipped for batch in batches)
+    def from_rows(cls, paths, encoder: RowEncoder, workers: int = 1, text: bool = False) -> "Documents":
+        """`paths`: files, globs and folders. text: each file is one text, whatever its name."""
+        files, tally = find_files(paths), Tally()
+        batches = list(encode_files(files, encoder, workers, text=text))
+        for batch in batches:
+            tally.add(batch.tally)
         batches = [batch for batch in batches if len(batch.sizes)]
         if not batches:
-            raise UserError(f"{files[0]}: no document, {skipped} empty rows")
+            raise UserError(f"{files[0]}: no document" + (f"; left out were {tally.reasons()}" if tally.rows else ", it is empty"))
         mask = None
         if any(batch.mask is not None for batch in batches):
-            ones = (np.ones(len(b.tokens), np.uint8) if b.mask is None else b.mask for b in batches)
-            mask = np.concatenate(list(ones))
+            mask = np.concatenate([np.ones(len(b.tokens), np.uint8) if b.mask is None else b.mask for b in batches])
         sizes = np.concatenate([batch.sizes for batch in batches])
-        return cls(np.concatenate([b.tokens for b in batches]), np.cumsum(sizes) - sizes, sizes, mask, files[0], skipped)
+        return cls(np.concatenate([b.tokens for b in batches]), np.cumsum(sizes) - sizes, sizes, mask, files[0], tally)
 
     @classmethod
     def from_numpy(cls, path) -> "Documents":
@@ -67,24 +70,6 @@ class Documents:
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) == 0:
             raise UserError(f"{path}: wanted a flat array of whole numbers, as numpy.save writes it")
         return cls(tokens.view(np.ndarray), [0], [len(tokens)], None, os.fspath(path), reopen=(cls.from_numpy, (path,)))
-
-    @classmethod
-    def from_text(cls, path, tokenizer: Tokenizer) -> "Documents":
-        """A file of UTF-8 text: one document."""
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                text = file.read()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from None
-        if not text:
-            raise UserError(f"{path} is empty")
-        try:
-            tokens = np.array([*tokenizer.encode(text), *tokenizer.end], np.int32)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        return cls(tokens, [0], [len(tokens)], None, os.fspath(path))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -126,7 +111,7 @@ class Documents:
     def __reduce__(self):
         if self._reopen:
             return self._reopen
-        return Documents, (self.tokens, self.starts, self.sizes, self.mask, self.name, self.skipped)
+        return Documents, (self.tokens, self.starts, self.sizes, self.mask, self.name, self.tally)
 
 
 def open_documents(
@@ -134,29 +119,17 @@ def open_documents(
 ) -> Documents:
     """The documents of a data set, its tokens checked against the vocabulary.
 
-    data_file   a binidx prefix; or .jsonl / .jsonl.gz files (a list, or joined by commas, globs among them); or one .npy or
-                text file
-    data_type   "binidx", "jsonl", "numpy", "utf-8" (text), or "auto": by the ending, binidx where there is none
-    tokenizer   for jsonl and text
+    data_file   a binidx prefix; or files of rows (files.py) or text, a list or joined by commas, globs and folders among them; or
+                one .npy file
+    data_type   "binidx", "jsonl" (rows of any kind), "numpy", "utf-8" (text), or "auto": by the ending, binidx where there is none
+    tokenizer   for rows and text
     vocab_size  of the model; default: the tokenizer's, else no check
-    options     of RowEncoder, for jsonl: templates, fields, format, loss_mask. loss_mask "all" or "pad" also overrules the
-                mask of a binidx.
+    options     of RowEncoder, for rows: template, fields, format, loss_mask. loss_mask "all" or "pad" also overrules the mask of a
+                binidx.
     """
-    paths = [data_file] if isinstance(data_file, str | os.PathLike) else list(data_file)
-    if len(paths) == 1 and "," in os.fspath(paths[0]) and not os.path.exists(paths[0]):
-        paths = [path for path in os.fspath(paths[0]).split(",") if path]
-    if not paths or not os.fspath(paths[0]):
-        raise UserError("--data_file is missing")
-    if data_type == "auto":
-        path = os.fspath(paths[0])
-        data_type = _type_of(path)
-        if data_type == "binidx" and os.path.exists(path) and not os.path.exists(prefix_of(path) + ".idx"):
-            cure = f"name the files in it: '{path}/*.jsonl'" if os.path.isdir(path) else "say what it is by --data_type"
-            raise UserError(f"{path} is neither a binidx prefix nor .jsonl, .jsonl.gz, .txt or .npy; {cure}")
-    if data_type not in DATA_TYPES:
-        raise UserError(f"data_type {data_type!r} is not known; choose from {', '.join(DATA_TYPES)}")
-    if data_type != "jsonl" and len(paths) > 1:
-        raise UserError(f"{data_type} data are one file, not {len(paths)}; several may be jsonl")
+    paths, data_type = data_of(data_file, data_type)
+    if data_type in ("binidx", "numpy") and len(paths) > 1:
+        raise UserError(f"{data_type} data are one file, not {len(paths)}; several may be jsonl or text")
     if data_type in ("jsonl", "utf-8") and tokenizer is None:
         raise UserError(f"{data_type} data need a tokenizer")
     loss_mask = options.get("loss_mask", "answer")
@@ -168,10 +141,7 @@ def open_documents(
         documents = Documents.from_numpy(paths[0])
     else:
         assert tokenizer is not None
-        if data_type == "jsonl":
-            documents = Documents.from_jsonl(paths, RowEncoder(tokenizer, **options))
-        else:
-            documents = Documents.from_text(paths[0], tokenizer)
+        documents = Documents.from_rows(paths, RowEncoder(tokenizer, **options), text=data_type == "utf-8")
     if vocab_size is None and tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     if vocab_size is not None:
@@ -179,8 +149,35 @@ def open_documents(
     return documents
 
 
-def _type_of(path: str) -> str:
-    for endings, data_type in (((".jsonl", ".jsonl.gz"), "jsonl"), ((".npy",), "numpy"), ((".txt",), "utf-8")):
-        if path.endswith(endings):
-            return data_type
-    return "binidx"
+def data_of(data_file, data_type: str = "auto") -> tuple[list[str], str]:
+    """The paths that --data_file names, and which of DATA_TYPES they are. A folder stands for what it holds."""
+    given = data_file if isinstance(data_file, list | tuple) else [data_file]
+    paths = [os.fspath(path) for path in given]
+    if len(paths) == 1 and "," in paths[0] and not os.path.exists(paths[0]):
+        paths = [path for path in paths[0].split(",") if path]
+    if not any(paths):
+        raise UserError("--data_file is missing")
+    if data_type not in ("auto", *DATA_TYPES):
+        raise UserError(f"data_type {data_type!r} is not known; choose from {', '.join(DATA_TYPES)}")
+    unnamed = [path for path in paths if os.path.isdir(path) or (glob.has_magic(path) and not kind_of_path(path))]
+    found = find_files(paths) if unnamed else paths
+    if data_type == "auto":
+        kinds = {kind_of_path(path) or "binidx" for path in found}
+        if len(kinds) > 1:
+            raise UserError(f"{', '.join(found[:3])} are of several kinds ({', '.join(sorted(kinds))}); say which by --data_type")
+        data_type = kinds.pop()
+    if data_type == "binidx":
+        found = [_binidx_prefix(path) for path in found]
+    return found, data_type
+
+
+def _binidx_prefix(path: str) -> str:
+    """The prefix of the binidx that `path` means: json2binidx adds _text_document to the name it is given."""
+    prefix = prefix_of(path)
+    if os.path.exists(prefix + ".idx"):
+        return prefix
+    if os.path.exists(prefix + "_text_document.idx"):
+        return prefix + "_text_document"
+    if os.path.isfile(path) and path == prefix:
+        raise UserError(f"{path} is neither a binidx prefix nor named {', '.join(KINDS)}; say what it is by --data_type")
+    return prefix

@@ -19,18 +19,18 @@ Padding is on the right, idx 0 and target -100: it changes no loss. Token 0 insi
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from .documents import Documents
 
 DATALOADS = ("pad", "only", "chunk", "pack", "get")
 EMPTY = -1  # the sample that fills up where samples do not divide among devices: no token, no target
+BLOCK = 1 << 22  # tokens whose masks are counted at once
 ROUND = 16  # rows are padded to the longest of the batch, rounded up to a multiple of this
 
 
@@ -46,7 +46,8 @@ class Samples(Dataset):
 
     lengths  int64 (n,), slots of each row
     tokens   int64 (n,), of these the real tokens;   trained   int64 (n,), those with a loss
-    cut      tokens that no row predicts;   too_short   documents of less than two tokens, which have nothing to predict
+    cut      tokens that no row predicts;   cut_documents   documents that lose some at --ctx_len
+    too_short   documents of less than two tokens, which have nothing to predict
     """
 
     def __init__(self, documents: Documents, dataload: str = "pad", ctx_len: int = 512):
@@ -58,14 +59,14 @@ class Samples(Dataset):
         inputs = documents.sizes - 1  # tokens that have a successor
         self.too_short = int(np.count_nonzero(inputs < 1))
         starts, inputs = documents.starts[inputs >= 1], inputs[inputs >= 1]
-        self.cut, row_of = 0, None
+        self.cut, self.cut_documents, row_of = 0, 0, None
         if dataload == "get":
             self.begin = magic_slots(len(documents.tokens), ctx_len) * ctx_len
             self.length = np.full(len(self.begin), ctx_len)
             self.cut = len(documents.tokens) - 1 - len(self.begin) * ctx_len
         elif dataload in ("pad", "only"):
             self.begin, self.length = starts, np.minimum(inputs, ctx_len)
-            self.cut = int((inputs - self.length).sum())
+            self.cut, self.cut_documents = int((inputs - self.length).sum()), int(np.count_nonzero(inputs > self.length))
         else:
             self.begin, self.length = _chunks(starts, inputs, ctx_len)
             if dataload == "pack":
@@ -76,8 +77,7 @@ class Samples(Dataset):
         self.row = np.arange(n_pieces + 1) if row_of is None else np.flatnonzero(np.diff(row_of, prepend=-1, append=n_pieces))
         trained = self.length
         if documents.mask is not None:  # the targets of a piece are one token later than its inputs
-            spans = zip((self.begin + 1).tolist(), (self.begin + 1 + self.length).tolist())
-            trained = np.array([np.count_nonzero(documents.mask[lo:hi]) for lo, hi in spans], np.int64)
+            trained = ones_between(documents.mask, self.begin + 1, self.begin + 1 + self.length)
         if n_pieces == 0 or not trained.any():
             masked = f"the mask leaves out every token that fits into --ctx_len {ctx_len}; {self.cure()}"
             raise UserError(f"{documents.name}: nothing to train, {masked if n_pieces else 'no document has two tokens'}")
@@ -107,6 +107,20 @@ class Samples(Dataset):
             at += T + 1  # a separator follows, unless the row ends
             real += T
         return Row(idx, targets, np.array(firsts, np.int64), real)
+
+
+def ones_between(mask: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """int64 (n,): how many entries of `mask` (0 or 1) are 1 in each begin <= i < end; block by block, for a mask may be large."""
+    counts, before = np.zeros(len(begin), np.int64), 0
+    begin_order, end_order = np.argsort(begin, kind="stable"), np.argsort(end, kind="stable")
+    sorted_begin, sorted_end = begin[begin_order], end[end_order]
+    for lo in range(0, len(mask) + 1, BLOCK):
+        sums = np.concatenate([[0], np.cumsum(mask[lo : lo + BLOCK], dtype=np.int64)]) + before  # ones before lo, lo + 1, ...
+        before = sums[-1]
+        for order, places, sign in ((begin_order, sorted_begin, -1), (end_order, sorted_end, 1)):
+            here = slice(*np.searchsorted(places, [lo, lo + BLOCK]))
+            counts[order[here]] += sign * sums[places[here] - lo]
+    return counts
 
 
 def _chunks(starts: np.ndarray, inputs: np.ndarray, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +256,7 @@ class Summary:
     documents: int
     tokens: int  # in the documents
     longest: int  # document, in tokens
-    skipped: int  # empty rows of the file
+    rows: list[str]  # lines about rows of the files: left out, changed, fields not read
     too_short: int  # documents with nothing to predict
     samples: int
     slots: int  # of all batches, padding and separators among them
@@ -250,6 +264,7 @@ class Summary:
     trained: int  # tokens with a loss
     untrained_samples: int  # samples without any
     cut: int  # tokens of the documents that no sample predicts
+    cut_documents: int  # documents cut to ctx_len
     batches: int  # a device
 
     @property
@@ -259,13 +274,13 @@ class Summary:
 
     def lines(self) -> list[str]:
         """For people."""
-        left_out = [f"{self.skipped:,} empty rows"] * bool(self.skipped)
-        left_out += [f"{self.too_short:,} documents of a single token"] * bool(self.too_short)
+        short = f"; {self.too_short:,} of them are a single token and left out" if self.too_short else ""
+        of = f" of {self.cut_documents:,} documents" if self.cut_documents else ""
         lines = [
-            f"{self.name}: {self.documents:,} documents, {self.tokens:,} tokens, longest {self.longest:,}"
-            + (f"; left out {' and '.join(left_out)}" if left_out else ""),
+            f"{self.name}: {self.documents:,} documents, {self.tokens:,} tokens, longest {self.longest:,}{short}",
+            *self.rows,
             f"{self.samples:,} samples (--dataload {self.dataload}), {self.batches:,} batches a device, "
-            f"padding {self.padding:.1%}, cut {self.cut:,} tokens ({self.cut / max(self.tokens, 1):.1%})",
+            f"padding {self.padding:.1%}, cut {self.cut:,} tokens{of} ({self.cut / max(self.tokens, 1):.1%})",
             f"{self.trained:,} tokens trained, {self.trained / self.inputs:.1%} of the {self.inputs:,} read",
         ]
         if self.untrained_samples:
@@ -274,59 +289,28 @@ class Summary:
         return lines
 
 
-class Batches:
-    """Batches of one device in one epoch: `len(batches)`, iteration -> dicts of `collate`; `loader()` for DataLoader workers.
-
-    pad_full   pad every row to ctx_len (shapes never change), not to the longest of the batch
-    shuffle    is without effect for `get`, whose order is its own
-    """
-
-    def __init__(self, documents: Documents, dataload: str = "pad", ctx_len: int = 512, micro_bsz: int = 1, rank: int = 0,
-                 world_size: int = 1, seed: int = 0, shuffle: bool = True, epoch: int = 0, start_batch: int = 0,
-                 pad_full: bool = False):  # fmt: skip
-        if dataload == "only" and micro_bsz != 1:
-            raise UserError(f"--dataload only takes one document a batch, not --micro_bsz {micro_bsz}; say 1, or --dataload pad")
-        self.samples = Samples(documents, dataload, ctx_len)
-        shuffle = shuffle and dataload != "get"
-        self.sampler = BatchSampler(len(self.samples), micro_bsz, rank, world_size, seed, shuffle, epoch, start_batch)
-        self.round_to = ctx_len if pad_full else 1 if dataload == "only" else ROUND
-        self.collate = partial(collate, ctx_len=ctx_len, round_to=self.round_to, with_reset=dataload == "pack")
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def batch(self, epoch: int, number: int) -> dict[str, torch.Tensor]:
-        return self.collate([self.samples[i] for i in self.sampler.batch(epoch, number)])
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self.collate([self.samples[i] for i in batch]) for batch in self.sampler)
-
-    def loader(self, num_workers: int = 0, **options) -> DataLoader:
-        return DataLoader(
-            self.samples, batch_sampler=self.sampler, collate_fn=self.collate, num_workers=num_workers, **options
-        )
-
-    def summary(self) -> Summary:
-        """Counts of the sampler's epoch."""
-        samples, sampler, documents = self.samples, self.sampler, self.samples.documents
-        lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size).T
-        slots = 0
-        for lo in range(0, sampler.samples_per_device, sampler.micro_bsz):
-            batch = lengths[:, lo : lo + sampler.micro_bsz]  # (devices, B)
-            slots += int(padded_length(batch.max(1), self.round_to, samples.ctx_len).sum()) * batch.shape[1]
-        return Summary(
-            name=documents.name,
-            dataload=samples.dataload,
-            documents=len(documents),
-            tokens=documents.total_tokens,
-            longest=int(documents.sizes.max()),
-            skipped=documents.skipped,
-            too_short=samples.too_short,
-            samples=len(samples),
-            slots=slots,
-            inputs=int(samples.tokens.sum()),
-            trained=int(samples.trained.sum()),
-            untrained_samples=int(np.count_nonzero(samples.trained == 0)),
-            cut=samples.cut,
-            batches=sampler.batches_per_epoch,
-        )
+def summary_of(samples: Samples, sampler: BatchSampler, round_to: int = ROUND) -> Summary:
+    """Counts of the sampler's epoch."""
+    documents = samples.documents
+    lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size).T
+    slots = 0
+    for lo in range(0, sampler.samples_per_device, sampler.micro_bsz):
+        batch = lengths[:, lo : lo + sampler.micro_bsz]  # (devices, B)
+        slots += int(padded_length(batch.max(1), round_to, samples.ctx_len).sum()) * batch.shape[1]
+    return Summary(
+        name=documents.name,
+        dataload=samples.dataload,
+        documents=len(documents),
+        tokens=documents.total_tokens,
+        longest=int(documents.sizes.max()),
+        rows=documents.tally.lines(),
+        too_short=samples.too_short,
+        samples=len(samples),
+        slots=slots,
+        inputs=int(samples.tokens.sum()),
+        trained=int(samples.trained.sum()),
+        untrained_samples=int(np.count_nonzero(samples.trained == 0)),
+        cut=samples.cut,
+        cut_documents=samples.cut_documents,
+        batches=sampler.batches_per_epoch,
+    )

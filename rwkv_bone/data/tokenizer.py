@@ -4,20 +4,18 @@
     tokenizer.encode(text) -> ids;   tokenizer.decode(ids) -> text, for any ids;   tokenizer.end: the ids that end a document
 
 World is greedy: at each place the longest entry of the vocabulary that fits, over the bytes of UTF-8. Its file has a line
-"id literal length" for each entry, ids from 1; 0 is not in it and ends a document. The file is part of the packages
-pyrwkv-tokenizer and rwkv, of which we use whichever is installed. pyrwkv-tokenizer also does the work itself, more than ten
-times faster than Python (benchmarks/tokenizer.py).
+"id literal length" for each entry, ids from 1; 0 is not in it and ends a document. Vocabulary and encoder are those of
+pyrwkv-tokenizer; decoding is a table here.
 """
 
 import ast
 import codecs
 import hashlib
-import importlib.util
 import os
+from collections.abc import Sequence
 
 from ..errors import UserError
 
-WORLD_FILE = "rwkv_vocab_v20230424.txt"
 WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"  # with \n line ends
 UNKNOWN = "\ufffd"
 KINDS = ("byte", "world", "tokenizer.json")
@@ -40,6 +38,10 @@ class Tokenizer:
         """Tokens of `text`, without an end. UserError for text that is no Unicode (lone surrogates)."""
         raise NotImplementedError
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, the quickest way there is."""
+        return [self.encode(text) for text in texts]
+
     def decode_bytes(self, ids) -> bytes:
         """Bytes of any sequence of ids. An id that means nothing gives U+FFFD, the end of a document nothing."""
         raise NotImplementedError
@@ -54,11 +56,16 @@ class Tokenizer:
         return lambda token: decoder.decode(b"" if token is None else self.decode_bytes([token]), token is None)
 
     def _bytes(self, text: str) -> bytes:
-        try:
-            return text.encode(self.encoding)
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise UserError(f"character {error.start} is U+{code:04X}, half of a surrogate pair; remove it") from None
+        return unicode_bytes(text, self.encoding)
+
+
+def unicode_bytes(text: str, encoding: str = "utf-8") -> bytes:
+    """UserError for lone surrogates."""
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(f"character {error.start} is U+{code:04X}, half of a surrogate pair; remove it") from None
 
 
 class ByteTokenizer(Tokenizer):
@@ -106,57 +113,43 @@ class ByteTokenizer(Tokenizer):
 class WorldTokenizer(Tokenizer):
     """The RWKV World vocabulary, 65536 ids of which 65529 are in the file.
 
-    vocab_file   rwkv_vocab_v20230424.txt, or another file of its format (then tokenized in Python);
-                 None looks for it in the installed packages
-    fast         whether pyrwkv-tokenizer encodes text; the tokens are the same
+    vocab_file   another file of its format; such text is tokenised in plain Python, some hundred times slower
     """
 
     kind = "world"
 
-    def __init__(self, vocab_file=None, vocab_size: int = 65536, fast: bool | None = None):
-        self.vocab_file = os.fspath(vocab_file) if vocab_file else _find_world_file()
-        self.vocab_size = vocab_size
-        self._entries, digest = _read_vocabulary(self.vocab_file)
-        self._ids = {entry: i for i, entry in self._entries.items()}
-        _check_top(max(self._entries), vocab_size, self.vocab_file)
-        # Which lengths to try, longest first, by the first three bytes (one and two where no longer entry begins so).
-        lengths: dict[bytes, set[int]] = {}
-        for entry in self._ids:
-            if len(entry) > 2:
-                lengths.setdefault(entry[:3], {1, 2}).add(len(entry))
-        self._lengths = {start: sorted(n, reverse=True) for start, n in lengths.items()}
-        self._rust = None
-        if fast is not False and digest == WORLD_SHA256 and importlib.util.find_spec("pyrwkv_tokenizer"):
-            from pyrwkv_tokenizer import RWKVTokenizer
+    def __init__(self, vocab_file=None, vocab_size: int = 65536):
+        from pyrwkv_tokenizer import RWKVTokenizer
 
-            self._rust = RWKVTokenizer()
-        self.fast = self._rust is not None
-        if fast and not self.fast:
-            raise UserError("fast tokenizing needs pyrwkv-tokenizer and its own vocabulary; pip install pyrwkv-tokenizer")
+        rust = RWKVTokenizer()
+        self.vocab_file, self.vocab_size = os.fspath(vocab_file or rust.vocab_filepath), vocab_size
+        self._entries, digest = _read_vocabulary(self.vocab_file)
+        self._rust = rust.tokenizer if digest == WORLD_SHA256 else None
+        self._ids = {entry: i for i, entry in self._entries.items()}
+        self._longest = max(map(len, self._ids))
+        _check_top(max(self._entries), vocab_size, self.vocab_file)
 
     def __str__(self) -> str:
-        return f"World ({'pyrwkv-tokenizer' if self.fast else f'in Python, {self.vocab_file}'})"
+        return "World" if self._rust else f"World's kind, with the vocabulary {self.vocab_file}"
 
     def encode(self, text: str) -> list[int]:
-        if self._rust is None:
-            return self.encode_bytes(self._bytes(text))
-        try:
-            return self._rust.encode(text)
-        except UnicodeEncodeError:
-            return self.encode_bytes(self._bytes(text))  # raises, in our words
+        return self.encode_batch([text])[0]
 
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Tokens of any bytes, whether UTF-8 or not."""
-        ids, lengths, short = self._ids, self._lengths, (2, 1)
-        out: list[int] = []
-        at, end = 0, len(data)
-        while at < end:
-            for n in lengths.get(data[at : at + 3], short):
-                token = ids.get(data[at : at + n])
-                if token is not None:  # every single byte is an entry, so one of the lengths fits
-                    out.append(token)
-                    at += len(self._entries[token])
-                    break
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._rust:
+            try:
+                return self._rust.encode_batch(texts if isinstance(texts, list) else list(texts))
+            except UnicodeEncodeError:
+                pass  # told below, in our words
+        return [self._encode_slowly(self._bytes(text)) for text in texts]
+
+    def _encode_slowly(self, data: bytes) -> list[int]:
+        out, at = [], 0
+        while at < len(data):
+            lengths = range(min(self._longest, len(data) - at), 0, -1)
+            n = next(n for n in lengths if data[at : at + n] in self._ids)  # every single byte is an entry
+            out.append(self._ids[data[at : at + n]])
+            at += n
         return out
 
     def decode_bytes(self, ids) -> bytes:
@@ -164,7 +157,7 @@ class WorldTokenizer(Tokenizer):
         return b"".join(entries.get(i, unknown) if i else b"" for i in map(int, ids))
 
     def __reduce__(self):
-        return WorldTokenizer, (self.vocab_file, self.vocab_size, self.fast)
+        return WorldTokenizer, (self.vocab_file, self.vocab_size)
 
 
 class TokenizersTokenizer(Tokenizer):
@@ -189,6 +182,11 @@ class TokenizersTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         self._bytes(text)  # refuses what is no Unicode
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._bytes(text)
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids) -> str:
         runs, known = [], []  # ids the tokenizer knows decode together, others one by one to U+FFFD
@@ -226,7 +224,7 @@ def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None,
     """The tokenizer for a model of `vocab_size`.
 
     spec        "byte", "world", a path to a tokenizer.json, or "auto": bytes for 256 and 257, World for 65536
-    vocab_file  the World vocabulary, where no installed package has it
+    vocab_file  another vocabulary in the format of World's
     encoding    of bytes: "utf-8" or "utf-16-le"
     """
     spec = os.fspath(spec or "auto")
@@ -249,16 +247,6 @@ def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None,
 def _check_top(top: int, vocab_size: int, path: str) -> None:
     if top >= vocab_size:
         raise UserError(f"{path} has ids up to {top}, but the model's vocabulary is {vocab_size}: take its own tokenizer")
-
-
-def _find_world_file() -> str:
-    for package in ("pyrwkv_tokenizer", "rwkv"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            path = os.path.join(folder, WORLD_FILE)
-            if os.path.isfile(path):
-                return path
-    raise UserError(f"the World vocabulary is not here: pip install pyrwkv-tokenizer, or give --vocab_file {WORLD_FILE}")
 
 
 def _read_vocabulary(path: str) -> tuple[dict[int, bytes], str]:

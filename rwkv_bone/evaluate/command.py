@@ -10,18 +10,22 @@ import hashlib
 import io
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..config import truth
 from ..data.documents import DATA_TYPES, open_documents
-from ..data.jsonl import RowEncoder, Templates, find_files, parse_fields
+from ..data.encode import RowEncoder, parse_fields
+from ..data.files import find_files
+from ..data.templates import Template
 from ..errors import Parser, UserError
 from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
-from ..models.x060 import RWKV
-from ..ops.float32 import multiply_fast
+from ..models import LanguageModel
+from ..ops.float32 import set_matmul_backend
 from . import loss, problems
+from .grading import GRADERS, open_grader
 from .results import Results
 
 
@@ -37,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
         add("--shots_data", default="", metavar="F.jsonl", help="where those come from: its first ones")
         text = f"longest solution, in tokens (default: {task.max_tokens})"
         add("--max_tokens", type=int, default=task.max_tokens, help=text)
+        text = "math-verify compares what is meant; original has the rules of the benchmark's paper (default: math-verify)"
+        add("--grader", choices=GRADERS, default=GRADERS[0], help=text)
         add("--stop", action="append", default=[], help="another text that ends a solution; may be given several times")
         add_sampling_flags(sub, GREEDY, 64)
         add_model_flags(sub)
@@ -55,14 +61,14 @@ def add_data_flags(parser: argparse.ArgumentParser, text: str) -> argparse._Argu
     group = parser.add_argument_group("task")
     group.add_argument("--data", "--data_file", required=True, nargs="+", help=text)
     group.add_argument("--fields", default="", metavar="question=problem,...", help="names of the fields in the file")
-    group.add_argument("--template", default="", metavar="F.json", help="template file, as for jsonl_to_binidx")
+    group.add_argument("--template", default="", metavar="world|g1|FILE", help="chat template (default: the one of training)")
     text = "results, a line an item; an interrupted evaluation goes on from there (default: beside the model)"
     group.add_argument("--out", default="", metavar="F.jsonl", help=text)
     group.add_argument("--overwrite", action="store_true", help="forget the results in --out")
     return group
 
 
-def open_results(args: argparse.Namespace, model: RWKV, settings: dict[str, Any]) -> Results:
+def open_results(args: argparse.Namespace, model: LanguageModel, settings: dict[str, Any]) -> Results:
     """The results of this very evaluation: the same model, data and settings."""
     path = args.out
     if not path:
@@ -72,7 +78,7 @@ def open_results(args: argparse.Namespace, model: RWKV, settings: dict[str, Any]
         "task": args.task,
         "model": model.fingerprint[:16],
         "adapter": file_hash([args.peft_checkpoint]) if args.peft_checkpoint else "",
-        "dtype": str(model.emb.weight.dtype),
+        "dtype": str(model.dtype),
         "tokenizer": [args.tokenizer, args.encoding],
     }
     results = Results(path, {**same, **settings}, args.overwrite)
@@ -96,25 +102,26 @@ def evaluate_problems(args: argparse.Namespace) -> None:
         raise UserError("--limit and --shots must be at least 0, --max_tokens at least 1")
     if args.shots and not args.shots_data:
         raise UserError(f"--shots {args.shots} needs --shots_data, a file of solved problems (not those of --data)")
+    grader = open_grader(args.grader, args.task)
     sampling = sampling_of(args)
-    templates = Templates.from_file(args.template) if args.template else Templates()
     fields = {**task.fields, **parse_fields(args.fields)}
-    named = {name for pair in templates.pairs for name in pair.names}
     files = find_files(args.data)
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
-    encoder = RowEncoder(tokenizer, templates, {name: fields[name] for name in fields if name in named})
-    asked = problems.read_problems(task, files, encoder, fields["answer"], args.limit)
+    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
+    encoder = RowEncoder(tokenizer, template, fields, loss_mask="all")
+    asked = problems.read_problems(grader, files, encoder, fields["answer"], args.limit)
     shots = []
     if args.shots:
-        shots = problems.read_problems(task, find_files([args.shots_data]), encoder, fields["answer"], args.shots)
+        shots = problems.read_problems(grader, find_files([args.shots_data]), encoder, fields["answer"], args.shots)
         if len(shots) < args.shots:
             raise UserError(f"--shots {args.shots}: {args.shots_data} has only {len(shots)} problems")
-    stop = [*args.stop, *problems.next_turns(templates)]
+    stop = [*args.stop, *template.stops]
     settings = {
+        "grader": grader.name,
         "data": file_hash(files),
         "fields": fields,
-        "template": asdict(templates),
+        "template": template.identity(),
         "shots": [[shot.prompt, shot.solution] for shot in shots],
         "max_tokens": args.max_tokens,
         "stop": stop,
@@ -123,26 +130,27 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     }
     with open_results(args, model, settings) as results:
         with memory_advice("take a smaller --batch_size"):
-            state = problems.read_shots(model, tokenizer, shots, templates.chat.after)
+            state = problems.read_shots(model, tokenizer, shots, template.turn_end)
             options = (sampling, args.max_tokens, stop, args.seed, args.batch_size)
-            problems.solve(task, model, tokenizer, asked, results, *options, state=state)
+            with closing(grader):
+                problems.solve(grader, model, tokenizer, asked, results, *options, state=state)
         found = problems.summary(results, {problem.id for problem in asked})
         print(problems.describe(args.task, found, args.max_tokens))
         print(f"each answer is in {results.path}")
 
 
 def evaluate_loss(args: argparse.Namespace) -> None:
-    templates = Templates.from_file(args.template) if args.template else Templates()
     model = open_model(args)
+    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
     try:
         tokenizer = tokenizer_of(args, model)
     except UserError:
         if args.tokenizer != "auto":
             raise
         tokenizer = None  # binidx needs none but for bits per byte; others say that they do
-    of_rows = {"templates": templates, "fields": parse_fields(args.fields), "loss_mask": args.loss_mask}
-    documents = open_documents(args.data, args.data_type, tokenizer, model.config.vocab_size, **of_rows)
-    multiply_fast(model.emb.weight.device.type, args.batch_size * args.chunk_len)
+    of_rows = {"template": template, "fields": parse_fields(args.fields), "loss_mask": args.loss_mask}
+    documents = open_documents(args.data, args.data_type, tokenizer, model.sizes.vocab_size, **of_rows)
+    set_matmul_backend(model.device.type, args.batch_size * args.chunk_len)
     with open_results(args, model, {"data": loss.identity(documents), "count_end": args.count_end}) as results:
         with memory_advice("take a smaller --batch_size or --chunk_len"):
             loss.measure(model, documents, results, tokenizer, args.count_end, args.batch_size, args.chunk_len)

@@ -12,7 +12,6 @@ Counted are all tokens, or where a mask says which tokens are trained, those: th
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,9 +23,10 @@ from torch import Tensor
 from ..data.documents import Documents
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..generate.command import select
-from ..models.x060 import RWKV
-from .results import Progress, Results
+from ..models import LanguageModel
+from ..models.base import select
+from ..terminal import Progress
+from .results import Results
 
 LOGITS_AT_ONCE = 1 << 25  # tokens x vocabulary whose logits are held at a time
 
@@ -50,14 +50,14 @@ def without_end(document: Document, end: tuple[int, ...]) -> Document:
 
 @torch.no_grad()
 def document_losses(
-    model: RWKV, documents: Sequence[Document], chunk: int, report: Callable[[int], None] = lambda tokens: None
+    model: LanguageModel, documents: Sequence[Document], chunk: int, report: Callable[[int], None] = lambda tokens: None
 ) -> list[tuple[float, int]]:
     """For each document the sum of its counted tokens' negative log-likelihoods (nats), and how many those are.
 
     `report` is called with the number of tokens that each chunk has predicted.
     """
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i][0]))
-    docs, device = [documents[i] for i in order], model.emb.weight.device
+    docs, device = [documents[i] for i in order], model.device
     sums = torch.zeros(len(docs), dtype=torch.float64)
     counts = torch.zeros(len(docs), dtype=torch.int64)
     at, state = 0, None
@@ -79,11 +79,11 @@ def document_losses(
     return [found[i] for i in range(len(documents))]
 
 
-def token_losses(model: RWKV, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihoods (B, T) in float64 of targets (B, T) after hidden (B, T, C); 0 where a target is -100."""
     counted = targets >= 0
     losses = []
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    size = max(1, LOGITS_AT_ONCE // model.sizes.vocab_size)
     for part, wanted in zip(hidden[counted].split(size), targets[counted].split(size)):
         logits = model.head(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -95,7 +95,7 @@ def token_losses(model: RWKV, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def measure(
-    model: RWKV,
+    model: LanguageModel,
     documents: Documents,
     results: Results,
     tokenizer: Tokenizer | None = None,
@@ -110,19 +110,16 @@ def measure(
     """
     if batch_size < 1 or chunk < 1:
         raise UserError(f"--batch_size {batch_size} and --chunk_len {chunk} must be at least 1")
-    documents.check_vocabulary(model.config.vocab_size)
+    documents.check_vocabulary(model.sizes.vocab_size)
     end = tokenizer.end if tokenizer else (0,)
     todo = sorted((i for i in range(len(documents)) if i not in results.done), key=lambda i: -documents.sizes[i])
-    total, left = documents.total_tokens, int(documents.sizes[todo].sum())
-    tokens, nats, counted, began = 0, 0.0, 0, time.monotonic()
+    done = documents.total_tokens - int(documents.sizes[todo].sum())  # tokens of the documents that are measured
+    nats, counted = 0.0, 0
+    with Progress(documents.total_tokens, done, "tokens") as progress:
 
-    def report(new: int) -> None:
-        nonlocal tokens
-        tokens += new
-        rate = f"{tokens / (time.monotonic() - began):,.0f} tokens/s"
-        progress.update(total - left + tokens, f"loss {nats / counted:.4f}, {rate}" if counted else rate)
+        def report(predicted: int) -> None:
+            progress.update(progress.done + predicted, f"loss {nats / counted:.4f}" if counted else "")
 
-    with Progress(total, total - left) as progress:
         for at in range(0, len(todo), batch_size):
             ids = todo[at : at + batch_size]
             batch = [documents[i] if count_end else without_end(documents[i], end) for i in ids]
@@ -131,6 +128,8 @@ def measure(
                 masked = not trained.all()
                 results.add({"id": i, "nll": nll, "counted": count, "tokens": len(ids_), "bytes": size, "masked": bool(masked)})
                 nats, counted = nats + nll, counted + count
+            done += int(documents.sizes[ids].sum())  # first tokens and ends that are left out are not predicted
+            progress.update(done, f"loss {nats / counted:.4f}" if counted else "")
 
 
 def summary(results: Iterable[dict[str, Any]]) -> dict[str, Any]:

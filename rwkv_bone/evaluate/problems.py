@@ -1,38 +1,36 @@
 """GSM8K and MATH: ask a model every question and count the right answers.
 
-Questions are put as in training (data/jsonl.py: "User: {question}\\n\\nAssistant:", or a template of one's own), after some
+Questions are put as in training (data/templates.py: "User: {question}\\n\\nAssistant:", or a template of one's own), after some
 solved ones if asked for; those are read once, and their state is where every question begins.
 """
 
-import json
 import math
-import operator
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.jsonl import PLACEHOLDER, RowEncoder, Templates, read_lines
+from ..data.encode import RowEncoder
+from ..data.files import read_batches
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate.command import Sampling, completions, read
-from ..models.x060 import RWKV, State
-from .answers import gsm8k_answer, math_answer, math_equal
-from .results import Progress, Results
+from ..models import LanguageModel, State
+from ..terminal import Progress
+from .grading import SECONDS, Grader
+from .results import Results
 
 
 @dataclass(frozen=True)
 class Task:
     fields: dict[str, str]  # our name -> the file's
-    answer: Callable[[str], Any]  # the final answer of a solution, or None
-    equal: Callable[[Any, Any], bool]
     max_tokens: int
 
 
 TASKS = {
-    "gsm8k": Task({"question": "question", "answer": "answer"}, gsm8k_answer, operator.eq, 512),
-    "math": Task({"question": "problem", "answer": "solution"}, math_answer, math_equal, 1024),
+    "gsm8k": Task({"question": "question", "answer": "answer"}, 512),
+    "math": Task({"question": "problem", "answer": "solution"}, 1024),
 }
 
 
@@ -41,55 +39,42 @@ class Problem:
     id: int  # its place in the files, from 0
     prompt: str  # as the model is asked
     solution: str  # as the model would be taught
-    expected: Any  # the final answer
+    expected: Any  # the final answer, for the grader
     group: str  # e.g. MATH's subject
 
 
-def read_problems(task: Task, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
+def read_problems(grader: Grader, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
     """The problems of jsonl files, the first `limit` of them (0: all); `solution` names the field that ends with the answer."""
     problems: list[Problem] = []
-    lines = (line for batch in read_lines(list(paths)) for line in enumerate_lines(batch))
-    for where, line in lines:
-        if not line.strip():
-            continue
+    rows = ((batch.where(number), row) for batch in read_batches(list(paths)) for number, row in batch.rows())
+    for where, row in rows:
         if limit and len(problems) == limit:
             break
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise UserError("wanted an object with a question and a solution")
-            segments = encoder.segments(row)
-            expected = task.answer(str(row.get(solution) or ""))
-            if expected is None or segments is None:
+            talk = encoder.conversation(row)
+            expected = grader.expected("" if row.get(solution) is None else str(row[solution]))
+            if expected is None or talk is None or isinstance(talk, str):
                 raise UserError(f"no question, or no answer in {solution!r}; name the fields by --fields")
-        except (ValueError, RecursionError) as error:
+        except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        prompt = encoder.template.prompt(talk.messages[:-1], talk.tools)
+        whole = "".join(text for text, _ in encoder.template.segments(*talk))
         group = row.get("subject") or row.get("type") or ""
-        problems.append(Problem(len(problems), segments[0][0], "".join(text for text, _ in segments[1:]), expected, str(group)))
+        problems.append(Problem(len(problems), prompt, whole.removeprefix(prompt), expected, str(group)))
     if not problems:
         raise UserError(f"{paths[0]} holds no problem")
     return problems
 
 
-def enumerate_lines(batch) -> Iterable[tuple[str, bytes]]:
-    return ((f"{batch.path}, line {number}", line) for number, line in enumerate(batch.lines, batch.first))
-
-
-def next_turns(templates: Templates) -> list[str]:
-    """The texts with which another turn would begin: an answer is over there."""
-    openings = [templates.chat.markers["user"], *(PLACEHOLDER.split(pair.prompt)[0].rstrip() for pair in templates.pairs)]
-    return [templates.chat.after + opening for opening in dict.fromkeys(openings) if opening]
-
-
-def read_shots(model: RWKV, tokenizer: Tokenizer, shots: Sequence[Problem], between: str) -> State | None:
+def read_shots(model: LanguageModel, tokenizer: Tokenizer, shots: Sequence[Problem], between: str) -> State | None:
     """The state after some solved problems, `between` following each; None without any."""
     tokens = [t for shot in shots for text in (shot.prompt, shot.solution + between) for t in tokenizer.encode(text)]
     return read(model, [tokens])[1] if tokens else None
 
 
 def solve(
-    task: Task,
-    model: RWKV,
+    grader: Grader,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     results: Results,
@@ -107,25 +92,25 @@ def solve(
     done = len(problems) - len(todo)
     tokens, began = 0, time.monotonic()
     prompts = [problem.prompt for problem in todo]
-    with Progress(len(problems), done) as progress:
+    with Progress(len(problems), done, "problems") as progress:
         for completion in completions(model, tokenizer, prompts, sampling, max_tokens, stop, seed, batch_size, state):
             problem = todo[completion.index]
-            answer = task.answer(completion.text)
-            correct = answer is not None and bool(task.equal(answer, problem.expected))
+            grade = grader.grade(completion.text, problem.expected)
             results.add(
                 {
                     "id": problem.id,
                     "group": problem.group,
-                    "correct": correct,
-                    "answer": None if answer is None else str(answer),
+                    "correct": grade.correct,
+                    "answer": grade.answer,
                     "expected": str(problem.expected),
+                    "gave_up": grade.gave_up,
                     "reason": completion.reason,
                     "tokens": len(completion.tokens),
                     "prompt": problem.prompt,
                     "output": completion.text,
                 }
             )
-            done, right, tokens = done + 1, right + correct, tokens + len(completion.tokens)
+            done, right, tokens = done + 1, right + grade.correct, tokens + len(completion.tokens)
             rate = tokens / (time.monotonic() - began)
             progress.update(done, f"{right} of {done} right ({right / done:.1%}), {rate:,.0f} tokens/s")
 
@@ -140,6 +125,7 @@ def summary(results: Results, ids: set[int]) -> dict[str, Any]:
         **accuracy([item["correct"] for item in items]),
         "no_answer": sum(item["answer"] is None for item in items),
         "cut": sum(item["reason"] == "length" for item in items),
+        "gave_up": sum(item["gave_up"] for item in items),
         "tokens": sum(item["tokens"] for item in items),
         "groups": {name: accuracy(groups[name]) for name in sorted(groups)} if len(groups) > 1 else {},
     }
@@ -161,4 +147,6 @@ def describe(name: str, found: dict[str, Any], max_tokens: int) -> str:
 
     lines = [line(name, found), *(line(f"  {group}", a) for group, a in found["groups"].items())]
     lines.append(f"{found['no_answer']} gave no answer, {found['cut']} were cut at {max_tokens} tokens")
+    if found["gave_up"]:
+        lines.append(f"{found['gave_up']} could not be graded within {SECONDS:.0f} s or the memory limit and count as wrong")
     return "\n".join(lines)

@@ -5,14 +5,11 @@ settings, an evaluation goes on where it was; a line that was cut off by a crash
 """
 
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..terminal import clock
 
 
 class Results:
@@ -87,41 +84,3 @@ class Results:
 def _short(value: Any) -> str:
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-LINE_SECONDS = 10.0  # at least so long between two plain lines
-
-
-class Progress:
-    """How far something is and how long it will take: a bar on a terminal, plain lines elsewhere.
-
-    total, done: in any unit, what is done already included.
-    """
-
-    def __init__(self, total: float, done: float = 0, stream=None):
-        self.total, self.start, self.stream = max(total, 1), done, stream or sys.stderr
-        self.began, self.shown_at, self.length = time.monotonic(), -LINE_SECONDS, 0
-
-    def update(self, done: float, values: str = "") -> None:
-        """done: how much by now, of `total`; values: what else to show."""
-        now, terminal = time.monotonic(), self.stream.isatty()
-        if now - self.shown_at < (0.1 if terminal else LINE_SECONDS) and done < self.total:
-            return
-        self.shown_at = now
-        share = min(done / self.total, 1)
-        left = (now - self.began) * (self.total - done) / (done - self.start) if done > self.start else None
-        text = f"{share:4.0%}{', ' + values if values else ''}, " + ("..." if left is None else f"{clock(left)} to go")
-        if terminal:
-            bar = "#" * round(20 * share)
-            text = f"[{bar:<20}] {text}"
-            print(f"\r{text:<{self.length}}", end="", file=self.stream, flush=True)
-            self.length = len(text)
-        else:
-            print(text.strip(), file=self.stream, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.length:
-            print(file=self.stream, flush=True)

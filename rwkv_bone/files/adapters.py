@@ -174,7 +174,7 @@ def read_adapter(path: str | Path, foreign: Foreign = UNAIDED) -> tuple[dict[str
 def open_foreign(path: str | Path, foreign: Foreign) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if hf.is_folder(path):
         return hf.read_folder(path)
-    return translate(path, open_tensors(path), foreign.lora_alpha, open_tensors(foreign.init) if foreign.init else None)
+    return translate(path, open_tensors(path), foreign, open_tensors(foreign.init) if foreign.init else None)
 
 
 def load_adapter(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models import Execution, LanguageModel, recognise
+from ..models import USUAL, Execution, LanguageModel, recognise
 from .pth import FLOATS, open_tensors
 from .safetensors import is_safetensors
 
@@ -48,7 +48,7 @@ def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    execution: Execution = Execution(),
+    execution: Execution = USUAL,
 ) -> LanguageModel:
     """The model of a file, strictly: each tensor goes straight from the mapped file to its place, in `dtype` if given.
 

@@ -42,8 +42,20 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a .pth of tensors, or damaged ({reason(error)})") from None
     flat = isinstance(tensors, dict) and tensors and all(isinstance(name, str) for name in tensors)
     if not flat or not all(isinstance(t, Tensor) and t.layout is torch.strided for t in tensors.values()):
-        raise UserError(f"{path}: wanted a flat .pth, name -> tensor, and found something else")
+        raise UserError(f"{path}: wanted a flat .pth, name -> tensor, and found {what_it_holds(tensors)}")
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def what_it_holds(loaded: object) -> str:
+    """What a file that is no flat .pth holds, in words."""
+    keys = {str(key) for key in loaded} if isinstance(loaded, dict) else set()
+    if keys & {"param_groups", "optimizer", "optimizer_states", "optimizer_state_dict", "base_optimizer_state"}:
+        return "an optimiser's checkpoint"
+    if nested := keys & {"state_dict", "model_state_dict", "module", "model"}:
+        return f"a training checkpoint whose tensors lie under {min(nested)!r}"
+    if isinstance(loaded, list | tuple):
+        return "a list: a state of an inference program?" if all(isinstance(t, Tensor) for t in loaded) else "a list"
+    return "a single tensor" if isinstance(loaded, Tensor) else "something else"
 
 
 def check_file(path: str | Path) -> None:

@@ -24,7 +24,6 @@ import io
 import json
 import math
 import random
-import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,15 +34,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.jsonl import Chat, Templates
+from ..data.templates import Template
 from ..data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer
 from ..errors import Parser, UserError, run
 from ..files.adapters import load_adapter
 from ..files.atomic import atomic
 from ..files.models import load_model
 from ..interop.rwkv_peft import Foreign
-from ..models.direct import direct
-from ..models.x060 import RWKV, LayerState, State
+from ..models import Execution, LanguageModel, State
+from ..models.base import join, select
 from ..ops.wkv6 import OPS
 from ..peft import merge
 
@@ -91,25 +90,15 @@ class Completion:
 # ---------------------------------------------------------------- states and logits
 
 
-def select(state: State, rows) -> State:
-    """Some rows of a batch's state: a slice, or indices."""
-    return [LayerState(*(x[rows] for x in layer)) for layer in state]
-
-
-def join(states: Sequence[State]) -> State:
-    """The rows of several states as one batch."""
-    return [LayerState(*(torch.cat(parts) for parts in zip(*layers))) for layers in zip(*states)]
-
-
 @torch.inference_mode()
-def read(model: RWKV, prompts: Sequence[Sequence[int]], state: State | None = None) -> tuple[Tensor, State]:
+def read(model: LanguageModel, prompts: Sequence[Sequence[int]], state: State | None = None) -> tuple[Tensor, State]:
     """Logits (B, V) after each of B prompts of at least one token, and their state.
 
     `state` (of batch 1) is where all of them begin; None: at nothing. Rows are read side by side up to the end of the
     shortest, the others up to the end of the next, and so on: nothing is padded, so each row is what it is alone.
     What it returns serves no backward pass: made in inference mode, which is quicker.
     """
-    B, device = len(prompts), model.emb.weight.device
+    B, device = len(prompts), model.device
     order = sorted(range(B), key=lambda i: -len(prompts[i]))  # the longest first: rows that go on are the first n
     lengths = [len(prompts[i]) for i in order]
     idx = torch.zeros(B, lengths[0], dtype=torch.int64)
@@ -132,8 +121,8 @@ def read(model: RWKV, prompts: Sequence[Sequence[int]], state: State | None = No
 
 
 @torch.inference_mode()
-def step(model: RWKV, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-    """Logits (B, V) after one more token (B,) of each row, and the new state; quickest with a `direct(model)`."""
+def step(model: LanguageModel, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """Logits (B, V) after one more token (B,) of each row, and the new state."""
     hidden, state = model.hidden(tokens.unsqueeze(1), state)
     return model.head(hidden[:, -1]), state
 
@@ -214,7 +203,7 @@ class Row:
 
 
 def completions(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     sampling: Sampling = DEFAULT,
@@ -237,7 +226,6 @@ def completions(
         raise UserError(f"--max_tokens {max_tokens} and --batch_size {batch_size} must be at least 1")
     if "" in stop:
         raise UserError("a stop string must not be empty")
-    model = direct(model)
     rows: list[Row] = []
     repeats: Counter[tuple[int, ...]] = Counter()
     for index, prompt in enumerate(prompts):
@@ -246,10 +234,10 @@ def completions(
         rows.append(Row(index, list(read_first), tokenizer, stop, max_tokens, source, on_text))
         repeats[read_first] += 1
     waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
-    rows, device = [], model.emb.weight.device
-    logits = torch.empty(0, model.config.vocab_size, device=device)  # of `rows`, as their state `carried`
+    rows, device = [], model.device
+    logits = torch.empty(0, model.sizes.vocab_size, device=device)  # of `rows`, as their state `carried`
     carried: State = []
-    said = torch.zeros(2, 0, model.config.vocab_size, device=device)  # per row and token: sampled before, and the count
+    said = torch.zeros(2, 0, model.sizes.vocab_size, device=device)  # per row and token: sampled before, and the count
     uncounted: dict[int, bool] = {}
     while waiting or rows:
         room = batch_size - len(rows)
@@ -286,7 +274,7 @@ def completions(
             logits, carried = step(model, chosen, carried)
 
 
-def generate(model: RWKV, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], *args, **kwargs) -> list[Completion]:
+def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], *args, **kwargs) -> list[Completion]:
     """All `completions`, in the order of the prompts."""
     return sorted(completions(model, tokenizer, prompts, *args, **kwargs), key=lambda completion: completion.index)
 
@@ -294,22 +282,20 @@ def generate(model: RWKV, tokenizer: Tokenizer, prompts: Sequence[str | Sequence
 # ---------------------------------------------------------------- chat
 
 
-WORLD_CHAT = Chat()
-
-
 class Conversation:
     """A chat that remembers: the state after all that was said, and the tokens not yet read into it."""
 
-    def __init__(self, model: RWKV, tokenizer: Tokenizer, template: Chat = WORLD_CHAT):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.stop = (template.after + template.markers["user"],)
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, template: Template | None = None, system: str = ""):
+        self.model, self.tokenizer, self.template = model, tokenizer, template or Template.open()
+        self.messages = as_messages("", system)[:-1]
         self.state: State | None = None
         self.unread: list[int] = []
         self.turns = 0
 
     def ask(self, message: str, sampling: Sampling = DEFAULT, max_tokens: int = 1000, seed: int = 0, on_text=None) -> str:
         """The reply to a message. An interrupt (Ctrl-C) ends the reply, and what was said so far counts."""
-        tokens = [*self.unread, *self.tokenizer.encode(user_turn(message, self.template))]
+        self.messages.append({"role": "user", "content": message})
+        tokens = [*self.unread, *self.tokenizer.encode(self.template.turn(self.messages))]
         if len(tokens) > 1:
             _, self.state = read(self.model, [tokens[:-1]], self.state)
         pieces: list[str] = []
@@ -321,42 +307,43 @@ class Conversation:
 
         with contextlib.suppress(KeyboardInterrupt):
             generate(
-                self.model, self.tokenizer, [tokens[-1:]], sampling, max_tokens, self.stop,
+                self.model, self.tokenizer, [tokens[-1:]], sampling, max_tokens, self.template.stops,
                 seed=seed + self.turns, state=self.state, on_text=lambda index, piece: say(index, piece),
             )  # fmt: skip
         self.turns += 1
         reply = "".join(pieces).rstrip()
         # The state stands before the reply, which is read again with the next message: what was sampled may go beyond
         # its end (into "User:"), and is not always how the tokenizer cuts the text.
-        self.unread = [tokens[-1], *self.tokenizer.encode(reply + self.template.after)]
+        self.unread = [tokens[-1], *self.tokenizer.encode(reply + self.template.turn_end)]
+        self.messages.append({"role": "assistant", "content": reply.strip()})
         return reply
 
 
-def user_turn(message: str, template: Chat = WORLD_CHAT) -> str:
-    """A message as the user's turn, up to where the assistant's begins. Blank lines, which end turns, become line ends."""
-    message = re.sub("\n\n+", "\n", message.replace("\r\n", "\n").strip())
-    return template.markers["user"] + template.before + message + template.after + template.markers["assistant"]
+def as_messages(prompt: str, system: str = "", given: str = "") -> list[dict[str, Any]]:
+    """A question as messages, with a system message and an input where there are some."""
+    user = {"role": "user", "content": prompt} | ({"input": given} if given else {})
+    return [{"role": "system", "content": system}, user] if system else [user]
 
 
-def chat(model: RWKV, tokenizer: Tokenizer, template: Chat, sampling: Sampling, max_tokens: int, seed: int) -> None:
+def chat(model: LanguageModel, tokenizer: Tokenizer, template: Template, sampling: Sampling, max_tokens: int, seed: int, system: str):
     """Talk on the terminal until the input ends."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (lines can be edited and recalled)
         print("/new forgets the conversation, Ctrl-C ends a reply, Ctrl-D ends the chat.\n")
-    conversation = Conversation(model, tokenizer, template)
+    conversation = Conversation(model, tokenizer, template, system)
     while True:
         try:
-            message = input(template.markers["user"] + " ").strip()
+            message = input("User: ").strip()
         except EOFError:
             print()
             return
         if not sys.stdin.isatty():  # from a pipe: no terminal has shown it
             print(message)
         if message == "/new":
-            conversation = Conversation(model, tokenizer, template)
+            conversation = Conversation(model, tokenizer, template, system)
         elif message:
-            print(f"\n{template.markers['assistant']}", end="", flush=True)
+            print("\nAssistant:", end="", flush=True)
             conversation.ask(message, sampling, max_tokens, seed, on_text=lambda piece: print(piece, end="", flush=True))
             print("\n")
 
@@ -380,31 +367,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoding", default="utf-8", choices=("utf-8", "utf-16-le"), help="of the byte tokenizer")
 
 
-def open_model(args: argparse.Namespace) -> RWKV:
+def open_model(args: argparse.Namespace) -> LanguageModel:
     """The model of --model and --peft_checkpoint, merged and ready to run."""
     device = pick_device(args.device)
     if args.op in ("cpu", "cuda") and args.op != device.type:
         raise UserError(f"--op {args.op} does not run on --device {device}; leave it out")
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = load_model(args.model, dtype, device)
+    model = load_model(args.model, dtype, device, Execution(args.op))
     told = args.lora_alpha is not None or args.lora_init
-    args.trained_with = None
+    args.trained_with = args.trained_template = None
     if args.peft_checkpoint:
         info = load_adapter(model, args.peft_checkpoint, foreign=Foreign(args.lora_alpha, args.lora_init))
         if told and "foreign" not in info:
             raise UserError(f"{args.peft_checkpoint}: says all of itself; leave --lora_alpha and --lora_init out")
-        args.trained_with = info.get("tokenizer")
+        args.trained_with, args.trained_template = info.get("tokenizer"), info.get("template")
         merge(model)
     elif told:
         raise UserError("--lora_alpha and --lora_init belong to a --peft_checkpoint")
     model.requires_grad_(False).eval()
-    model.op = args.op
     return model
 
 
-def tokenizer_of(args: argparse.Namespace, model: RWKV) -> Tokenizer:
+def tokenizer_of(args: argparse.Namespace, model: LanguageModel) -> Tokenizer:
     """The tokenizer that the flags of an opened model ask for; a warning if its adapter learned from another's tokens."""
-    tokenizer = open_tokenizer(args.tokenizer, model.config.vocab_size, args.vocab_file or None, args.encoding)
+    tokenizer = open_tokenizer(args.tokenizer, model.sizes.vocab_size, args.vocab_file or None, args.encoding)
     if cure := other_tokenizer(args.trained_with, tokenizer):
         print(f"warning: {args.peft_checkpoint} was not trained with {tokenizer}; give {cure}", file=sys.stderr, flush=True)
     return tokenizer
@@ -499,9 +485,11 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     group.add_argument("--prompt_file", default="", help='a prompt a line, or .jsonl with {"prompt": ...} a line')
-    group.add_argument("--instruct", action="store_true", help='make each prompt a question: "User: ...\\n\\nAssistant:"')
+    group.add_argument("--instruct", action="store_true", help="put each prompt as a question, as in training")
     group.add_argument("--chat", action="store_true", help="talk to the model on the terminal")
-    group.add_argument("--template", default="", metavar="F.json", help="template file whose chat markers to use")
+    group.add_argument("--template", default="", metavar="world|g1|FILE", help="chat template (default: the one of training)")
+    group.add_argument("--system", default="", help="system message, with --instruct and --chat")
+    group.add_argument("--input", default="", help="text that the instruction is about, with --instruct (Alpaca's input)")
     group.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default: 1)")
     group.add_argument("--max_tokens", type=int, default=256, help="longest continuation, in tokens (default: 256)")
     group.add_argument("--stop", action="append", default=[], help="text that ends a continuation; may be given several times")
@@ -514,7 +502,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     sampling = sampling_of(args)
-    template = (Templates.from_file(args.template) if args.template else Templates()).chat
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     if args.chat == bool(prompts):
         raise UserError("give --prompt or --prompt_file, or --chat" if not prompts else "--chat takes no prompts")
@@ -522,17 +509,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--samples {args.samples} and --max_tokens {args.max_tokens} must be at least 1")
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
+    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     with memory_advice("take a smaller --batch_size, or --device cpu"):
         if args.chat:
-            chat(model, tokenizer, template, sampling, args.max_tokens, args.seed)
+            chat(model, tokenizer, template, sampling, args.max_tokens, args.seed, args.system)
             return
         asked = [prompt for prompt in prompts for _ in range(args.samples)]
         stop = tuple(args.stop)
         if args.instruct:
-            stop += (template.after + template.markers["user"],)
-        texts = [user_turn(prompt, template) if args.instruct else prompt for prompt in asked]
+            stop += template.stops
+        texts = [template.prompt(as_messages(prompt, args.system, args.input)) if args.instruct else prompt for prompt in asked]
         each = completions(
             model, tokenizer, texts, sampling, args.max_tokens, stop, args.seed, args.batch_size,
             on_text=show if len(asked) == 1 and not args.out else None,

@@ -2,12 +2,14 @@
 
     LORA   <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r), DoRA: <module>.lora_magnitude_vector (out,)
     MISS   <module>.miss_block: (r, out), or with init_weights "bat" (out/r, r, r), which is `bone_col` here
+    BONE   <module>.bone_block: MISS under the name that it had in peft 0.14 to 0.18; read only
 
 each name preceded by `base_model.model.`; of modules that were trained in full, `base_model.model.<module>.weight` stands beside.
 PiSSA, OLoRA and LoRA-GA are written as the LoRA of rank 2r that they are beside an untouched base. peft has no row Bone.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,22 +128,30 @@ def layer_of(method: type[AdapterLinear], config: AdapterLinear.Config, out: int
 
 
 def is_folder(path: str | Path) -> bool:
-    return (Path(path) / CONFIG).is_file()
+    """Whether `path` is peft's: a folder with its configuration, or the file of tensors beside one."""
+    path = Path(path)
+    beside = path.suffix == ".safetensors" and os.path.isfile(path.parent / CONFIG)
+    return beside or path.name == TENSORS or os.path.isfile(path / CONFIG)
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors, mapped, under our names, and what it says about itself, as `checkpoint.read_adapter` gives them."""
-    path = Path(folder) / CONFIG
+    """An adapter's tensors, mapped, under our names, and what it says about itself, as `files.adapters.read_adapter` gives them.
+
+    folder: the folder, or its file of tensors.
+    """
+    inside = Path(folder).is_dir()
+    path = (Path(folder) if inside else Path(folder).parent) / CONFIG
+    file = Path(folder) / TENSORS if inside else Path(folder)
     try:
         config = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a peft adapter")
     try:
-        return from_peft(safetensors.open_safetensors(Path(folder) / TENSORS)[0], config)
+        return from_peft(safetensors.open_safetensors(file)[0], config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -156,13 +166,14 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
         options = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "lora_dropout": config.get("lora_dropout", 0.0)}
         if options["alpha"] == 0:  # which would mean alpha = r here
             raise UserError("peft's lora_alpha=0 is not supported: such an adapter does nothing")
-    elif config.get("peft_type") == "MISS":
+    elif config.get("peft_type") in ("MISS", "BONE"):
         if config.get("init_weights") not in (True, False, "bat") or config.get("miss_dropout", 0) != 0:
             raise UserError("MiSS of peft is read with init_weights true, false or \"bat\", and without dropout")
         method = "bone_col" if config["init_weights"] == "bat" else "miss"
-        names, options = {"bone_col" if method == "bone_col" else "bone": MISS["bone"]}, {"r": config.get("r")}
+        suffix = MISS["bone"] if config["peft_type"] == "MISS" else "bone_block"
+        names, options = {"bone_col" if method == "bone_col" else "bone": suffix}, {"r": config.get("r")}
     else:
-        raise UserError(f"peft_type {config.get('peft_type')!r} is not supported; LORA and MISS are")
+        raise UserError(f"peft_type {config.get('peft_type')!r} is not supported; LORA, MISS and BONE are")
     METHODS[method].config_from(options, method)
     ours = {}
     for name, tensor in tensors.items():
@@ -172,7 +183,7 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
                 ours[f"{bare.removesuffix(suffix)}{key}"] = tensor
                 break
         else:
-            if not name.startswith(PREFIX) or "lora_" in name or "miss_" in name:
+            if not name.startswith(PREFIX) or any(key in name for key in ("lora_", "miss_", "bone_")):
                 raise UserError(f"{name}: a tensor of no known meaning in a {config['peft_type']} folder")
             ours[bare] = tensor  # of a module that was trained in full
     return ours, {"method": method, "options": options, "base": {}, "foreign": "peft"}

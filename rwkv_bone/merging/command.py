@@ -31,6 +31,7 @@ from ..interop.rwkv_peft import UNAIDED, Foreign
 from ..models.x060 import RWKV
 from ..peft import PROJECTIONS, TRAIN_PARTS, merge, quant
 from ..peft.adapter import matches
+from ..terminal import Progress
 from .as_lora import as_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -213,26 +214,14 @@ def write(path: Path, format: str, layout: Layout, tensors: Iterator[tuple[str, 
         write_safetensors(file, renamed, ((web_rwkv.web_name(name), web_rwkv.web_tensor(name, t)) for name, t in tensors))
 
 
-class Progress:
-    """Percent done: one line that is written over on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, what: str):
-        self.total, self.what, self.done, self.shown = total, what, 0, time.monotonic()
-
-    def of(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        terminal = sys.stdout.isatty()
-        try:
-            for name, tensor in tensors:
-                yield name, tensor
-                self.done += tensor.nbytes
-                if terminal:
-                    print(f"\r{self.what} {self.done / self.total:4.0%}", end="", flush=True)
-                elif time.monotonic() - self.shown > 10:
-                    self.shown = time.monotonic()
-                    print(f"{self.what} {self.done / self.total:4.0%}", flush=True)
-        finally:
-            if terminal:
-                print("\r" + " " * (len(self.what) + 5) + "\r", end="", flush=True)
+def shown(tensors: Iterator[tuple[str, Tensor]], size: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, while stdout shows how many of their `size` bytes are done."""
+    done = 0
+    with Progress(size, unit="B", label="merging   ", stream=sys.stdout, leave=False) as progress:
+        for name, tensor in tensors:
+            yield name, tensor
+            done += tensor.nbytes
+            progress.update(done)
 
 
 # ---------------------------------------------------------------- verifying
@@ -295,7 +284,7 @@ def make_parser() -> Parser:
         help="write an adapter instead: a LoRA (exact where the method is one, else by SVD), or a folder of peft")  # fmt: skip
     add("--rank", type=int, default=0, help="rank of --as lora (default: the adapter's own)")
     add("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA files, which do not say it")
-    add("--lora_init", "--pissa_init", default="", metavar="FILE", help="init_pissa.pth of RWKV-PEFT's PiSSA")
+    add("--lora_init", "--pissa_init", default="", metavar="FILE", help="init_pissa.pth of RWKV-PEFT's PiSSA; none: no such file")
     add("--type", help="RWKV-PEFT's name of the method; the file must hold that")
     add("--quant", choices=("none", *quant.KINDS), default="none",
         help="merge onto the base as training with this --quant saw it (default: none, onto the base itself)")  # fmt: skip
@@ -304,12 +293,13 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    args.lora_init = "" if args.lora_init == "none" else args.lora_init  # RWKV-PEFT's default
     output = Path(args.output)
     inputs = [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])]
     check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
     format = args.format or ("safetensors" if output.suffix in (".st", ".safetensors") else "pth")
     dtype = DTYPES[args.dtype] if args.dtype else web_rwkv.DTYPE if format == "safetensors" else None
-    options = Options(Foreign(args.lora_alpha, args.lora_init), dtype, args.device, args.force, args.quant)
+    options = Options(Foreign(args.lora_alpha, args.lora_init, args.type or ""), dtype, args.device, args.force, args.quant)
     check_device(args.device)
     check_combination(args, format)
     job = Merge(Path(args.base_model), [Path(path) for path in args.peft_checkpoint], options)
@@ -330,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     began = time.monotonic()
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in job.layout.values())
-    write(output, format, job.layout, Progress(size, "merging   ").of(job.tensors()))
+    write(output, format, job.layout, shown(job.tensors(), size))
     if job.adapters:
         print(job.report())
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype, _ in job.layout.values()}))

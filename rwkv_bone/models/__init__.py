@@ -1,11 +1,14 @@
-"""Models: one file each behind the seam of base.py. `MODELS` is the registry; may be imported by everything but ops/, peft/, data/."""
+"""Models: one file each behind the seam of base.py. `MODELS` is the registry.
+
+May be imported by everything but ops/, peft/ and data/.
+"""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Execution, LanguageModel, Sizes, State
+from .base import USUAL, Execution, LanguageModel, Sizes, State
 from .rwkv import version_of
 from .x060 import RWKV6
 from .x070 import RWKV7
@@ -24,4 +27,4 @@ def recognise(tensors: Mapping[str, Tensor], source: str) -> type[LanguageModel]
     raise UserError(f"{source}: wanted a model of {known}, this is {what}")
 
 
-__all__ = ["MODELS", "Execution", "LanguageModel", "Sizes", "State", "recognise"]
+__all__ = ["MODELS", "USUAL", "Execution", "LanguageModel", "Sizes", "State", "recognise"]

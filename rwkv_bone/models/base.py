@@ -5,7 +5,7 @@ A model is one file of this folder: a subclass of `LanguageModel`, a frozen data
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,6 +60,9 @@ class Execution:
     grad_cp: bool = False  # gradient checkpointing: blocks are recomputed in the backward pass
 
 
+USUAL = Execution()
+
+
 class WebNames(NamedTuple):
     """How web-rwkv names and lays out a model's tensors, for interop/web_rwkv.py."""
 
@@ -97,7 +100,7 @@ class LanguageModel(nn.Module):
     fingerprint: str = "new"  # what tells the loaded weights from others; see files/models.py
     file_dtype: torch.dtype = torch.bfloat16  # of the file that the model came from, or will become
 
-    def __init__(self, sizes: Any, execution: Execution = Execution()):
+    def __init__(self, sizes: Any, execution: Execution = USUAL):
         super().__init__()
         self.sizes, self.execution = sizes, execution
 
@@ -163,6 +166,17 @@ class LanguageModel(nn.Module):
     def in_part(cls, name: str, part: str) -> bool:
         """Whether a parameter belongs to one of `full_parts`."""
         raise NotImplementedError
+
+    def train_parts(self, parts: Iterable[str]) -> list[str]:
+        """Let some of `full_parts` train in full. Returns the parameters' names; UserError for an unknown part."""
+        parts = list(parts)
+        for part in parts:
+            if part not in self.full_parts:
+                raise UserError(f"{part} is no part of {self.title}; there are {', '.join(self.full_parts)}")
+        names = [name for name, _ in self.named_parameters() if any(self.in_part(name, part) for part in parts)]
+        for name in names:
+            self.get_parameter(name).requires_grad_(True)
+        return names
 
     def lr_multiplier(self, name: str) -> float:
         """How much faster than the others a parameter of the base learns, by the model's own trainer."""

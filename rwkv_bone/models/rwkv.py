@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.recompute import recomputed
-from .base import Execution, LanguageModel, Sizes
+from .base import USUAL, Execution, LanguageModel, Sizes
 
 
 class LayerState(NamedTuple):
@@ -98,7 +98,7 @@ class RWKV(LanguageModel):
     full_parts = ("emb", "head", "time", "ln")
     capabilities = frozenset({"infctx", "state", "pack", "op"})
 
-    def __init__(self, sizes: RWKVSizes, execution: Execution = Execution()):
+    def __init__(self, sizes: RWKVSizes, execution: Execution = USUAL):
         super().__init__(sizes, execution)
         # not filled: a normal distribution on the meta device would import half of torch, for seconds
         self.emb = nn.Embedding.from_pretrained(torch.empty(sizes.vocab_size, sizes.n_embd), freeze=False)

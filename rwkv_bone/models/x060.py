@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import wkv6_cpu, wkv6_cuda
-from ..ops.recompute import remade
+from ..ops.recompute import recompute_in_backward
+from ..ops.wkv6 import cpu as wkv6_cpu
+from ..ops.wkv6 import cuda as wkv6_cuda
 from ..ops.wkv6 import describe, wkv6
 from .base import WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
@@ -95,7 +96,7 @@ class TimeMix(nn.Module):
             forget = F.pad(reset[:, 1:], (0, 1)).view(B, T, 1, 1)
             if wkv is not None:  # its separator was the last slot of the chunk before
                 wkv = wkv.masked_fill(reset[:, 0].view(B, 1, 1, 1), 0)
-        with remade(self.lerps, x, shift, reset, trained=self.parameters(recurse=False)) as (xw, xk, xv, xr, xg):
+        with recompute_in_backward(self.lerps, x, shift, reset, trained=self.parameters(recurse=False)) as (xw, xk, xv, xr, xg):
             r = self.receptance(xr).view(B, T, H, N)
             k = self.key(xk).view(B, T, H, N)
             v = self.value(xv).view(B, T, H, N)
@@ -105,9 +106,9 @@ class TimeMix(nn.Module):
             k = k.masked_fill(forget, 0)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
-        with remade(self.log_decay, h, forget, trained=self.parameters(recurse=False)) as (log_w,):
+        with recompute_in_backward(self.log_decay, h, forget, trained=self.parameters(recurse=False)) as (log_w,):
             y, wkv = wkv6(r, k, v, log_w, u, wkv, op)
-        with remade(self.gated, y, g, trained=self.ln_x.parameters()) as (gated,):
+        with recompute_in_backward(self.gated, y, g, trained=self.ln_x.parameters()) as (gated,):
             return self.output(gated), x.select(1, -1), wkv
 
 
@@ -128,10 +129,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        with remade(self.lerps, x, shift, reset, trained=(self.time_maa_k, self.time_maa_r)) as (xk, xr):
+        with recompute_in_backward(self.lerps, x, shift, reset, trained=(self.time_maa_k, self.time_maa_r)) as (xk, xr):
             k = self.key(xk)  # (B, T, F)
             r = self.receptance(xr)
-        with remade(squared_relu, k) as (k,):
+        with recompute_in_backward(squared_relu, k) as (k,):
             v = self.value(k)
         return torch.sigmoid(r) * v, x.select(1, -1)
 

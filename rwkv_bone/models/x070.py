@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops.recompute import remade
+from ..ops.recompute import recompute_in_backward
 from ..ops.wkv7 import describe, wkv7
 from .base import WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
@@ -134,7 +134,7 @@ class TimeMix(nn.Module):
         B, T, C = x.shape
         H, N = self.r_k.shape
         own = tuple(self.parameters(recurse=False))
-        with remade(self.lerps, x, shift, reset, trained=own) as (xr, xw, xk, xv, xa, xg):
+        with recompute_in_backward(self.lerps, x, shift, reset, trained=own) as (xr, xw, xk, xv, xa, xg):
             r = self.receptance(xr)
             k = self.key(xk)
             v = self.value(xv)
@@ -144,14 +144,15 @@ class TimeMix(nn.Module):
             residual = () if v_first is None else (v, v_first, xv @ self.v1)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
-        with remade(self.operands, r, k, w, a, *residual, trained=own) as (log_w, k, minus_kk, kk_a, bonus, *mixed):
+        with recompute_in_backward(self.operands, r, k, w, a, *residual, trained=own) as operands:
+            log_w, k, minus_kk, kk_a, bonus, *mixed = operands
             if v_first is None:
                 v_first, mixed = v, [v.view(B, T, H, N)]
             (v,) = mixed
             y, wkv = wkv7(r.view(B, T, H, N), log_w, k, v, minus_kk, kk_a, wkv, reset, op)
             y = self.ln_x(y.reshape(B * T, C)).view(B, T, H, N)
             y = torch.addcmul(y, bonus, v).view(B, T, C)
-        with remade(self.gated, y, g, trained=own) as (gated,):
+        with recompute_in_backward(self.gated, y, g, trained=own) as (gated,):
             return self.output(gated), v_first, x.select(1, -1), wkv
 
 
@@ -168,9 +169,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        with remade(self.lerp, x, shift, reset, trained=(self.x_k,)) as (xk,):
+        with recompute_in_backward(self.lerp, x, shift, reset, trained=(self.x_k,)) as (xk,):
             k = self.key(xk)  # (B, T, F)
-        with remade(squared_relu, k) as (k,):
+        with recompute_in_backward(squared_relu, k) as (k,):
             return self.value(k), x.select(1, -1)
 
 

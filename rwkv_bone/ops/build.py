@@ -1,4 +1,4 @@
-"""Build a shared library from the sources in cuda/ on first use, with ninja, and keep it in the user's cache.
+"""Build a shared library from the sources in cpp/ or cuda/ on first use, with ninja, and keep it in the user's cache.
 
 The libraries have a plain C interface and are called through ctypes: without torch's headers they compile in seconds.
 A library's file name carries a hash of its sources, compiler and flags, so that a changed source is a new library and
@@ -34,14 +34,14 @@ class Object:
     flags: tuple[str, ...] = ()
 
 
-def source_dir() -> Path:
-    """The folder of the kernels' sources: cuda/ beside the package in a checkout, inside it in an installed wheel."""
+def source(path: str) -> Path:
+    """The file of a kernel's source, as "cpp/NAME.cpp": beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parent.parent
-    for folder in (package.parent / "cuda", package / "cuda"):
-        if (folder / "wkv6_cpu.cpp").is_file():
-            return folder
+    for folder in (package.parent, package):
+        if (folder / path).is_file():
+            return folder / path
     raise UserError(
-        f"the kernels' sources are missing: looked for wkv6_cpu.cpp in {package.parent / 'cuda'} and {package / 'cuda'}; "
+        f"the kernels' sources are missing: looked for {package.parent / path} and {package / path}; "
         f"reinstall rwkv-bone, {WITHOUT_COMPILER}"
     )
 
@@ -98,7 +98,6 @@ def build(
     objects: Sequence[Object],
     compiler: str,
     *,
-    headers: Sequence[Path] = (),
     flags: Sequence[str] = (),
     link_flags: Sequence[str] = ("-shared",),
     cache: Path | None = None,
@@ -106,14 +105,13 @@ def build(
     """The path of the shared library `name` made of `objects`, built now if it is not in the cache.
 
     `compiler` (g++, clang++, nvcc) compiles each object with `flags` and its own flags and links them with
-    `link_flags`. `headers` are only hashed: name every file that the sources include.
+    `link_flags`. All headers in the sources' folders count as included.
     """
     if os.name != "posix":
         raise UserError(f"the kernels build on Linux and macOS, not on {platform.system()}; use --op torch")
-    files = [*(o.source for o in objects), *headers]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"the source of {name} is missing: {file}; reinstall rwkv-bone, {WITHOUT_COMPILER}")
+    files = [o.source for o in objects]
+    for folder in sorted({file.parent for file in files}):
+        files += sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     recipe = [
         *(file.read_text() for file in files),

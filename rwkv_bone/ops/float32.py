@@ -14,7 +14,7 @@ import torch
 FEW = 256  # tokens: for fewer MKL is the faster, as it takes less time to begin
 
 
-def multiply_fast(device: str, tokens: int, tf32: bool = False) -> str:
+def set_matmul_backend(device: str, tokens: int, tf32: bool = False) -> str:
     """Choose for this process, by `device` "cpu" or "cuda", the tokens that are worked on at once, and whether TF32 will do.
 
     Says what it was in a word for people, or "" where it is torch's own choice.

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 Outputs = Sequence[Tensor]
 
 
-def remade(
+def recompute_in_backward(
     f: Callable[..., Outputs], *args: Tensor | None, trained: Iterable[Tensor] = ()
 ) -> contextlib.AbstractContextManager[Outputs]:
-    """`with remade(f, *args) as outputs:` gives f(*args), and of f's inside and its outputs autograd keeps nothing but `args`.
+    """`with recompute_in_backward(f, *args) as outputs:` gives f(*args), and autograd keeps `args`, not f's inside and outputs.
 
     What is called within the block may keep the outputs for its own backward, as a projection does its input: it gets them made
     anew there, all at once. `trained`: tensors that f uses beside `args` and that may want a gradient. f must be deterministic,
@@ -26,12 +26,12 @@ def remade(
     # ZeRO-3 lends a parameter (ds_id) to its module's own forward and backward alone, so f cannot be run again for its gradient
     if any(hasattr(t, "ds_id") for t in trained):
         return contextlib.nullcontext(f(*args))
-    return _remade(Again(f, args, trained), args)
+    return _recompute_in_backward(Recompute(f, args, trained), args)
 
 
 @contextlib.contextmanager
-def _remade(again: "Again", args: Sequence[Tensor | None]) -> Iterator[Outputs]:
-    outputs = Remade.apply(again, *args, *again.trained)
+def _recompute_in_backward(run: "Recompute", args: Sequence[Tensor | None]) -> Iterator[Outputs]:
+    outputs = RecomputeFunction.apply(run, *args, *run.trained)
     places = {t.untyped_storage()._cdata: i for i, t in enumerate(outputs)}
     assert len(places) == len(outputs)
 
@@ -39,24 +39,24 @@ def _remade(again: "Again", args: Sequence[Tensor | None]) -> Iterator[Outputs]:
         place = places.get(t.untyped_storage()._cdata)
         if place is None:
             return t
-        again.waiting += 1
+        run.pending += 1
         return place, t.shape, t.stride(), t.storage_offset()
 
     def unpack(kept):
         if isinstance(kept, Tensor):
             return kept
         place, *view = kept
-        t = again.make()[place].detach().as_strided(*view)
-        again.waiting -= 1
-        if again.waiting <= 0 and not again.wants_gradient:
-            again.outputs = None
+        t = run.make()[place].detach().as_strided(*view)
+        run.pending -= 1
+        if run.pending <= 0 and not run.wants_gradient:
+            run.outputs = None
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield outputs
 
 
-class Again:
+class Recompute:
     """f with its arguments, for running it once more in backward. Holds no part of the graph that it is used in."""
 
     def __init__(self, f: Callable[..., Outputs], args: Sequence[Tensor | None], trained: Sequence[Tensor]):
@@ -65,7 +65,7 @@ class Again:
         self.wanted = [a for a in (*self.args, *trained) if a is not None and a.requires_grad]
         self.wants_gradient = bool(self.wanted)
         self.outputs: Outputs | None = None
-        self.waiting = 0  # tensors that were not kept and are still to be asked for
+        self.pending = 0  # tensors that were not kept and are still to be asked for
 
     def make(self) -> Outputs:
         if self.outputs is None:
@@ -74,22 +74,22 @@ class Again:
         return self.outputs
 
 
-class Remade(torch.autograd.Function):
+class RecomputeFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, again: Again, *args):
-        ctx.again = again
-        return tuple(again.f(*args[: len(again.args)]))
+    def forward(ctx, run: Recompute, *args):
+        ctx.run = run
+        return tuple(run.f(*args[: len(run.args)]))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        again = ctx.again
-        outputs, again.outputs = again.make(), None
+        run = ctx.run
+        outputs, run.outputs = run.make(), None
         # an output that needs no gradient: of `trained`, f may use nothing (a trained time_state is no part of the lerps)
         pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad]
         if not pairs:
-            return None, *(None for _ in (*again.args, *again.trained))
-        found = iter(torch.autograd.grad([o for o, _ in pairs], again.wanted, [g for _, g in pairs], allow_unused=True))
-        return None, *(next(found) if a is not None and a.requires_grad else None for a in (*again.args, *again.trained))
+            return None, *(None for _ in (*run.args, *run.trained))
+        found = iter(torch.autograd.grad([o for o, _ in pairs], run.wanted, [g for _, g in pairs], allow_unused=True))
+        return None, *(next(found) if a is not None and a.requires_grad else None for a in (*run.args, *run.trained))
 
 
 def recomputed(f: Callable[..., Outputs], *args: Tensor | None) -> Outputs:

@@ -1,6 +1,6 @@
 """PEFT methods. `METHODS` is the registry: one file and one line for each."""
 
-from .adapter import PROJECTIONS, TRAIN_PARTS, AdapterLinear, adapter_tensors, adapters, attach, inject, merge, train_parts
+from .adapter import AdapterLinear, adapter_tensors, adapters, attach, disabled, inject, merge
 from .bone import BoneLinear
 from .bone_col import BoneColLinear
 from .dora import DoraLinear

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
+
 def option(default: Any, help: str) -> Any:
     """A field of a method's Config: its default, whose type is the option's, and what `--help` says of it."""
     return field(default=default, metadata={"help": help})
@@ -212,15 +213,19 @@ def projections(model: nn.Module, parts: Iterable[str] | None = None) -> list[st
 
 
 def inject(
-    model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, parts: Iterable[str] | None = None
+    model: nn.Module,
+    method: type[AdapterLinear],
+    config: AdapterLinear.Config,
+    parts: Iterable[str] | None = None,
+    start: bool = True,
 ) -> list[str]:
     """Freeze the model and put a started adapter on every linear layer within `parts` (see `projections`); return their names.
 
-    A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
+    start=False leaves zeros, for values that come from elsewhere. A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
     """
     names = projections(model, parts)
     for layer in attach(model, method, config, names):
-        if not method.starts_from_gradient:
+        if start and not method.starts_from_gradient:
             layer.start()
     return names
 

@@ -8,7 +8,7 @@ output blocks:
 
 One large product forward and one backward, as a frozen projection has, and 3 n in r multiplications more for n tokens, against
 2 n in out for those two. Nothing of the weight's shape is made or kept. Where r does not divide a size, x and q are padded with
-zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone_cpu.py.
+zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone/cpu.py.
 """
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import bone_cpu, bone_cuda
+from ..ops.bone import cpu as bone_cpu
+from ..ops.bone import cuda as bone_cuda
 from .adapter import AdapterLinear, ceil_div, dense
 from .rounding import add_rounded_
 

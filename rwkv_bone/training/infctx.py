@@ -8,42 +8,66 @@ backpropagation through the whole sequence at the price of a second forward pass
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.x060 import LayerState, State
+from ..models.base import State, detach, tensors_of
 
-Forward = Callable[[dict[str, Tensor], State | None], tuple[Tensor, State]]
+Micro = dict[str, Tensor]
+Forward = Callable[[Micro, State], tuple[Tensor, State]]  # a piece and the state before it -> its summed loss, the state after it
 
 
-def detached(state: State, requires_grad: bool = False) -> State:
-    return [LayerState(*(t.detach().requires_grad_(requires_grad) for t in layer)) for layer in state]
+def pieces_of(micro: Micro, chunk: int) -> list[Micro]:
+    """A micro batch (B, T) cut into pieces of `chunk` tokens."""
+    names = [name for name in ("idx", "targets", "reset") if name in micro]
+    return [{name: micro[name][:, at : at + chunk] for name in names} for at in range(0, micro["idx"].shape[1], chunk)]
+
+
+def equal_lengths(micro_batches: list[Micro], largest: Callable[[Tensor], Tensor]) -> list[Micro]:
+    """Pad each micro batch to the longest of its number on any device: engines that divide weights need as many chunks on all.
+
+    `largest`: elementwise maximum over the devices.
+    """
+    lengths = largest(torch.tensor([m["idx"].shape[1] for m in micro_batches]))
+    fill = {"idx": 0, "targets": -100, "reset": False}
+    return [
+        {name: F.pad(t, (0, longest - t.shape[1]), value=fill[name]) if name in fill else t for name, t in m.items()}
+        for m, longest in zip(micro_batches, lengths.tolist())
+    ]
+
+
+def loss_in_chunks(forward: Forward, micro: Micro, chunk: int) -> Tensor:
+    """The summed loss of a micro batch, without gradients."""
+    total: Tensor | float = 0.0
+    state: State = None
+    for piece in pieces_of(micro, chunk):
+        loss, state = forward(piece, state)
+        total = total + loss
+    assert isinstance(total, Tensor)  # of one piece at least
+    return total
 
 
 def backward_in_chunks(
-    forward: Forward, micro: dict[str, Tensor], chunk: int, truncate: bool, backward: Callable[[Tensor, bool], None]
+    forward: Forward, micro: Micro, chunk: int, truncate: bool, backward: Callable[[Tensor, bool], None]
 ) -> Tensor:
-    """Run micro["idx"] (B, T) in pieces of `chunk` tokens and add its gradients; returns the summed loss.
+    """Add the gradients of a micro batch; returns the summed loss.
 
-    `forward(piece, state)` gives a piece's summed loss and the state after it. `backward(loss, last)` scales a summed loss and
-    takes it backward; `last` marks the final call. truncate cuts the gradient at the borders (cheaper: no second pass, no state
-    kept).
+    `backward(loss, last)` scales a summed loss and takes it backward; `last` marks the final call. truncate cuts the gradient at
+    the borders (cheaper: no second pass, no state kept).
     """
-    pieces: list[dict[str, Tensor]] = [
-        {name: micro[name][:, start : start + chunk] for name in ("idx", "targets", "reset") if name in micro}
-        for start in range(0, micro["idx"].shape[1], chunk)
-    ]
+    pieces = pieces_of(micro, chunk)
     total: Tensor | float = 0.0
     if truncate:
-        state: State | None = None
+        state: State = None
         for i, piece in enumerate(pieces):
             loss, end = forward(piece, state)
-            state = detached(end)
+            state = detach(end)
             backward(loss, i == len(pieces) - 1)
             total += loss.detach()
-        assert isinstance(total, Tensor)  # of one piece at least
+        assert isinstance(total, Tensor)
         return total
 
-    borders: list[State | None] = [None]
+    borders: list[State] = [None]
     with torch.no_grad():
         for piece in pieces[:-1]:
             untrained = {**piece, "targets": torch.full_like(piece["targets"], -100)}  # the head has nothing to do
@@ -51,14 +75,13 @@ def backward_in_chunks(
     from_next: list[Tensor | None] = []  # the gradient of the final state, from the chunk behind
     for i in reversed(range(len(pieces))):
         border = borders.pop()
-        start = None if border is None else detached(border, requires_grad=True)
+        start = None if border is None else detach(border, requires_grad=True)
         loss, end = forward(pieces[i], start)
         total += loss.detach()
         if from_next:
-            end_tensors = [t for layer in end for t in layer]
-            loss = ThroughState.apply(loss, from_next, *end_tensors)
+            loss = ThroughState.apply(loss, from_next, *tensors_of(end))
         backward(loss, i == 0)
-        from_next = [] if start is None else [t.grad for layer in start for t in layer]
+        from_next = [] if start is None else [t.grad for t in tensors_of(start)]
     assert isinstance(total, Tensor)
     return total
 

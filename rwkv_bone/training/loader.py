@@ -1,40 +1,22 @@
-"""From the data room's batches to optimiser steps: which micro batches a step takes, from any step on."""
+"""A run's data: documents cut into samples once, and which micro batches each step takes, from any step on."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from ..config import TrainConfig
 from ..data.documents import Documents, open_documents
-from ..data.jsonl import Templates, parse_fields
-from ..data.samples import Batches, padded_length
+from ..data.encode import parse_fields
+from ..data.marks import between_marks
+from ..data.samples import ROUND, BatchSampler, Samples, collate, padded_length, summary_of
+from ..data.templates import Template
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
+from ..models import LanguageModel
 
-
-class Steps(Dataset):
-    """Item i is the list of micro batches of optimiser step `first + i`, for one device."""
-
-    def __init__(self, batches: Batches, first: int, last: int, per_epoch: int, accumulate: int):
-        self.batches, self.first, self.last = batches, first, last
-        self.per_epoch, self.accumulate = per_epoch, accumulate
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, i: int) -> list[dict]:
-        if i >= len(self):
-            raise IndexError(i)
-        epoch, step = divmod(self.first + i, self.per_epoch)
-        start = step * self.accumulate
-        stop = min(start + self.accumulate, self.batches.sampler.batches_per_epoch)
-        return [self.batches.batch(epoch, number) for number in range(start, stop)]
-
-
-def make_tokenizer(config: TrainConfig, vocab_size: int) -> Tokenizer:
-    return open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
+Micro = dict[str, Tensor]
 
 
 def split(documents: Documents, share: float) -> tuple[Documents, Documents]:
@@ -43,109 +25,216 @@ def split(documents: Documents, share: float) -> tuple[Documents, Documents]:
     held = np.unique(np.linspace(0, n - 1, max(1, round(share * n))).astype(np.int64))
     if len(held) == n:
         raise UserError(f"--val_split {share} of {n} documents leaves none to train on")
-    rest = np.setdiff1d(np.arange(n), held)
-    trained_on, held_out = (
-        Documents(documents.tokens, documents.starts[which], documents.sizes[which], documents.mask, documents.name)
-        for which in (rest, held)
-    )
-    return trained_on, held_out
+    return some_of(documents, np.setdiff1d(np.arange(n), held)), some_of(documents, held)
+
+
+def some_of(documents: Documents, which) -> Documents:
+    starts, sizes = documents.starts[which], documents.sizes[which]
+    return Documents(documents.tokens, starts, sizes, documents.mask, documents.name, documents.tally)
+
+
+def rows_of(documents: Documents, rows: str) -> Documents:
+    """The documents FIRST:LAST (either may be left out), counted from 0 up to LAST without it."""
+    first, _, last = rows.partition(":")
+    chosen = some_of(documents, slice(int(first or 0), int(last) if last else None))
+    if not len(chosen):
+        raise UserError(f"--data_rows {rows} of {len(documents)} documents leaves none to train on")
+    return chosen
+
+
+def tokens_of(text: str, tokenizer: Tokenizer | None, why_none: str) -> list[int]:
+    if tokenizer is None:
+        raise UserError(why_none)
+    return tokenizer.encode(text)
+
+
+def marked(documents: Documents, marks: list[list[int]]) -> np.ndarray:
+    """The mask of documents that are trained from the first mark up to the second."""
+    begin, end = marks
+    mask = np.zeros(len(documents.tokens), np.uint8)
+    for start, size in zip(documents.starts, documents.sizes):
+        mask[start : start + size] = between_marks(documents.tokens[start : start + size], begin, end)
+    return mask
+
+
+class Epochs:
+    """Batches of samples on one device, by arithmetic alone: any batch of any epoch at once."""
+
+    def __init__(self, samples: Any, sampler: BatchSampler, collate: Callable[[list], Micro]):
+        self.samples, self.sampler, self.collate = samples, sampler, collate
+
+    def __len__(self) -> int:
+        return self.sampler.batches_per_epoch
+
+    def batch(self, epoch: int, number: int) -> Micro:
+        return self.collate([self.samples[i] for i in self.sampler.batch(epoch, number)])
 
 
 class TrainingData:
-    """The documents of a run and how they are cut into samples, micro batches and steps."""
+    """Samples, and how they make micro batches and steps. An objective with samples of its own gives these and a `collate`.
 
-    def __init__(self, documents: Documents, config: TrainConfig, vocab_size: int = 0, validation: Documents | None = None):
-        self.documents, self.config, self.vocab_size, self.validation = documents, config, vocab_size, validation
-        self.samples = len(self.batches().samples)
-        self.read_by: Tokenizer | None = None  # what made tokens of the text; None where the data are tokens
-        if validation is not None:
-            self.held_out(0, 1)  # refuses, before the first step, what holds nothing to measure
+    samples     `len`, `[i]` -> a sample, `[EMPTY]` -> one without content, `lengths` and `trained` int64 (n,)
+    collate     samples -> a micro batch, which holds "tokens", its number of real tokens
+    held_out    the same of held-out data, or None
+    """
+
+    def __init__(self, config: TrainConfig, samples: Any, collate: Callable[[list], Micro], held_out: Any = None):
+        self.config, self.samples, self.collate, self.held_out_samples = config, samples, collate, held_out
+        self.round_to = ROUND
+        self.shuffle = config.data_shuffle
+        self.tokenizer: Tokenizer | None = None  # that the data are in; None: not known
+        self.template: Template | None = None  # that made text of the rows
+        self.documents: Documents | None = None
+        self.lines: list[str] = []  # more that `describe` says
+        self.cure = "give other data"
 
     @classmethod
-    def open(cls, config: TrainConfig, vocab_size: int) -> "TrainingData":
-        """Open --data_file with the tokenizer it needs; every token is checked against the vocabulary."""
-        jsonl = config.data_type == "jsonl" or (config.data_type == "auto" and ".jsonl" in config.data_file)
-        if not jsonl and (config.fields or config.template or config.format != "auto"):
-            raise UserError(f"--fields, --template and --format are for jsonl, and {config.data_file} is none")
-        text = jsonl or config.data_type == "utf-8" or config.data_file.endswith(".txt")
-        tokenizer = make_tokenizer(config, vocab_size) if text else None
-        options: dict[str, Any] = {
-            "loss_mask": "all" if config.loss_mask == "none" else config.loss_mask,
-            "fields": parse_fields(config.fields),
-            "templates": Templates.from_file(config.template) if config.template else Templates(),
-            "format": config.format,
-        }
-        documents = open_documents(config.data_file, config.data_type, tokenizer, vocab_size, **options)
-        validation = None
-        if config.val_file:
-            validation = open_documents(config.val_file, config.data_type, tokenizer, vocab_size, **options)
-        if config.val_split:
-            documents, validation = split(documents, config.val_split)
-        data = cls(documents, config, vocab_size, validation)
-        data.read_by = tokenizer
+    def of_documents(
+        cls, documents: Documents, config: TrainConfig, validation: Documents | None = None
+    ) -> "TrainingData":
+        if config.dataload == "only" and config.micro_bsz != 1:
+            cure = "say 1, or --dataload pad"
+            raise UserError(f"--dataload only takes one document a batch, not --micro_bsz {config.micro_bsz}; {cure}")
+        samples = Samples(documents, config.dataload, config.ctx_len)
+        round_to = 1 if config.dataload == "only" else ROUND
+
+        def make(rows) -> Micro:
+            return collate(rows, config.ctx_len, round_to, with_reset=config.dataload == "pack")
+
+        held_out = None if validation is None else Samples(validation, "chunk", config.ctx_len)
+        data = cls(config, samples, make, held_out)
+        data.round_to, data.documents, data.cure = round_to, documents, samples.cure()
+        data.shuffle = config.data_shuffle and config.dataload != "get"  # whose order is its own
+        if validation is not None:
+            data.lines.append(f"validation on {len(validation):,} documents, {validation.total_tokens:,} tokens")
         return data
 
-    def held_out(self, rank: int, world: int) -> Batches:
-        """The held-out documents in whole: chunks of ctx_len, in order."""
-        c = self.config
-        assert self.validation is not None
-        return Batches(self.validation, "chunk", c.ctx_len, c.micro_bsz, rank, world, shuffle=False)
+    @classmethod
+    def open(cls, config: TrainConfig, model: LanguageModel) -> "TrainingData":
+        """Open --data_file with the tokenizer it needs; every token is checked against the vocabulary."""
+        if config.dataload == "pack" and (why := model.cannot("pack")):
+            raise UserError(f"--dataload pack: {why}; use --dataload pad")
+        vocab_size = model.sizes.vocab_size
+        template = Template.open(config.template or model.template)
+        tokenizer, why_none = None, ""
+        try:
+            tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
+        except UserError as error:
+            if config.tokenizer != "auto":
+                raise
+            why_none = str(error)
+        options: dict[str, Any] = {
+            "loss_mask": "all" if config.loss_mask in ("none", "marked") else config.loss_mask,
+            "fields": parse_fields(config.fields),
+            "template": template,
+            "format": config.format,
+        }
 
-    def tokenizer(self) -> Tokenizer:
-        return make_tokenizer(self.config, self.vocab_size)
+        def opened(path: str) -> Documents:
+            try:
+                return open_documents(path, config.data_type, tokenizer, vocab_size, **options)
+            except UserError as error:
+                raise UserError(why_none) from None if why_none and "need a tokenizer" in str(error) else error
 
-    def batches(self, rank: int = 0, world: int = 1, seed: int = 0) -> Batches:
-        c = self.config
-        return Batches(self.documents, c.dataload, c.ctx_len, c.micro_bsz, rank, world, seed, c.data_shuffle)
+        documents = opened(config.data_file)
+        if config.data_rows:
+            documents = rows_of(documents, config.data_rows)
+        validation = opened(config.val_file) if config.val_file else None
+        if config.loss_mask == "marked":
+            for found in filter(None, (documents, validation)):
+                found.mask = marked(found, [tokens_of(mark, tokenizer, why_none) for mark in config.loss_marks])
+        if config.val_split:
+            documents, validation = split(documents, config.val_split)
+        data = cls.of_documents(documents, config, validation)
+        data.tokenizer, data.template = tokenizer, template
+        return data
+
+    # ------------------------------------------------ steps
+
+    def epochs(self, rank: int = 0, world: int = 1, seed: int = 0) -> Epochs:
+        sampler = BatchSampler(len(self.samples), self.config.micro_bsz, rank, world, seed, self.shuffle)
+        return Epochs(self.samples, sampler, self.collate)
+
+    def micro_batches_per_epoch(self, world: int) -> int:
+        """Of one device."""
+        per_device = -(-len(self.samples) // world)
+        return -(-per_device // self.config.micro_bsz)
 
     def steps_per_epoch(self, world: int) -> int:
-        """Optimiser steps that an epoch takes on `world` devices."""
-        per_device = -(-self.samples // world)
-        micro_batches = -(-per_device // self.config.micro_bsz)
-        steps = -(-micro_batches // self.config.accumulate_grad_batches)
-        return min(steps, self.config.epoch_steps or steps)
+        """Optimizer steps that an epoch takes on `world` devices."""
+        c = self.config
+        steps = -(-self.micro_batches_per_epoch(world) // c.accumulate_grad_batches)
+        return c.epoch_steps if c.repeat_data and c.epoch_steps else min(steps, c.epoch_steps or steps)
 
-    def loader(self, rank: int, world: int, seed: int, first: int, last: int) -> DataLoader:
-        """Steps `first` to `last` - 1 of the run."""
-        batches = self.batches(rank, world, seed)
-        steps = Steps(batches, first, last, self.steps_per_epoch(world), self.config.accumulate_grad_batches)
-        # a generator of its own: else beginning to iterate takes a number from those of dropout
-        return DataLoader(steps, batch_size=None, num_workers=0, generator=torch.Generator())
+    def places(self, step: int, world: int) -> list[tuple[int, int]]:
+        """(pass over the data, number of the micro batch in it) of each micro batch of step `step`, from 0.
+
+        Without a cap a step does not reach over the end of a pass. With --epoch_steps an epoch goes on where the last one ended.
+        """
+        c, n = self.config, self.micro_batches_per_epoch(world)
+        per_pass = -(-n // c.accumulate_grad_batches)
+        whole_pass, at = divmod(step, per_pass)
+        first = at * c.accumulate_grad_batches
+        return [(whole_pass, number) for number in range(first, min(first + c.accumulate_grad_batches, n))]
+
+    def steps(self, rank: int, world: int, seed: int, first: int, last: int) -> Iterator[list[Micro]]:
+        """The micro batches of steps `first` to `last` - 1 of the run, on one device."""
+        epochs = self.epochs(rank, world, seed)
+        return ([epochs.batch(*place) for place in self.places(step, world)] for step in range(first, last))
+
+    def held_out(self, rank: int, world: int) -> Iterator[Micro] | None:
+        """The held-out samples in whole, in order; None without any."""
+        if self.held_out_samples is None:
+            return None
+        sampler = BatchSampler(len(self.held_out_samples), self.config.micro_bsz, rank, world, shuffle=False)
+        batches = Epochs(self.held_out_samples, sampler, self.collate)
+        return (batches.batch(0, number) for number in range(len(batches)))
+
+    # ------------------------------------------------ what is known before the first step
+
+    def unseen(self, world: int) -> int:
+        """Samples that no step of the run meets."""
+        c = self.config
+        total = self.steps_per_epoch(world) * c.epoch_count
+        per_pass = -(-self.micro_batches_per_epoch(world) // c.accumulate_grad_batches)
+        met = total * c.accumulate_grad_batches * c.micro_bsz * world
+        return 0 if total >= per_pass else max(0, len(self.samples) - met)
 
     def check_trained(self, world: int, seed: int) -> None:
-        """UserError if no sample of the run, on all devices and in all epochs, holds a trained token.
+        """UserError if no sample of the run, on all devices, holds anything to train.
 
         That some sample of the data does is known already; with --epoch_steps it need not be one that the run meets.
         """
-        c = self.config
-        if not c.epoch_steps:
+        if not self.unseen(world):
             return
-        batches = self.batches(0, world, seed)
-        trained = np.append(batches.samples.trained, 0)  # the last is EMPTY's
-        steps = self.steps_per_epoch(world)
-        met = steps * c.accumulate_grad_batches * c.micro_bsz * world  # the first so many places of an epoch's order
-        if any(trained[batches.sampler.order(epoch)[:met]].any() for epoch in range(c.epoch_count)):
-            return
-        raise UserError(
-            f"{self.documents.name}: nothing to train, none of the samples in {steps * c.epoch_count:,} steps holds a trained "
-            f"token (--epoch_steps {c.epoch_steps}); {batches.samples.cure()}"
-        )
+        trained = np.append(self.samples.trained, 0)  # the last is EMPTY's
+        met = len(self.samples) - self.unseen(world)
+        if not trained[self.epochs(0, world, seed).sampler.order(0)[:met]].any():
+            steps = self.steps_per_epoch(world) * self.config.epoch_count
+            raise UserError(
+                f"{self.config.data_file}: nothing to train, none of the samples in {steps:,} steps holds a trained "
+                f"token (--epoch_steps {self.config.epoch_steps}); {self.cure}"
+            )
 
     def longest_row(self) -> int:
         """The most tokens of a row, padding counted."""
-        batches = self.batches()
-        return int(padded_length(batches.samples.lengths.max(), batches.round_to, self.config.ctx_len))
+        return int(padded_length(self.samples.lengths.max(), self.round_to, self.config.ctx_len))
+
+    def invariants(self) -> dict[str, Any]:
+        """What a run that is resumed must find again."""
+        tokens = {} if self.documents is None else {"tokens": self.documents.total_tokens}
+        return {"samples": len(self.samples), **tokens, "trained tokens": int(self.samples.trained.sum())}
 
     def describe(self, world: int) -> list[str]:
         """Lines for people; UserError where it is known by now that nothing would be trained."""
-        if self.config.random_seed >= 0 or not self.config.data_shuffle:  # else the order is drawn later
+        if self.config.random_seed >= 0 or not self.shuffle:  # else the order is drawn later
             self.check_trained(world, max(self.config.random_seed, 0))
-        lines = self.batches(0, world).summary().lines()
-        if self.read_by is not None:
-            lines.append(f"tokenizer: {self.read_by}")
-        steps, all_steps = self.steps_per_epoch(world), self.batches(0, world).sampler.batches_per_epoch
-        if steps * self.config.accumulate_grad_batches < all_steps:
-            lines.append(f"--epoch_steps {steps} ends each epoch before all of it was seen")
-        if self.validation is not None:
-            lines.append(f"validation on {len(self.validation):,} documents, {self.validation.total_tokens:,} tokens")
-        return lines
+        lines = []
+        if self.documents is not None:
+            lines += summary_of(self.samples, self.epochs(0, world).sampler, self.round_to).lines()
+        if self.tokenizer is not None:
+            lines.append(f"tokenizer: {self.tokenizer}")
+        if unseen := self.unseen(world):
+            lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends before {unseen:,} samples were seen")
+        return lines + self.lines
+

@@ -18,15 +18,17 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import TrainConfig
 from ..errors import run
-from ..models.x060 import RWKV, ModelConfig
-from ..ops import wkv6_cpu, wkv6_cuda
+from ..models import MODELS, Execution, LanguageModel
+from ..models.base import tensors_of
 from ..peft import METHODS, inject
 from ..peft.adapter import FrozenLinear, QuantisedWeight, projections
-from .engines import BUCKET
 from .infctx import backward_in_chunks
 from .loss import HeadCrossEntropy
+from .optimiser import OPTIMISERS
+from .strategies import BUCKET
 
 LAYERS = 3  # that are run: a layer more takes what the last of them took
+CHUNKS = 3  # of infctx that are run
 CUDA_ITSELF = 700 << 20  # context, kernels, workspaces of the libraries and of Bone
 
 
@@ -64,21 +66,26 @@ class Dense(QuantisedWeight):
         return torch.empty(self.shape, dtype=self.dtype)
 
 
-def step_bytes(model: RWKV, B: int, T: int, config: TrainConfig, layers: int) -> int:
+def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers: int) -> int:
     """The most that forward and backward of a (B, T) batch take, gradients included, in a model of that many layers."""
-    mode = getattr(model.emb.weight, "fake_mode", None) or FakeTensorMode()
-    short = copy.copy(model)
-    short._modules = {**model._modules, "blocks": model.blocks[:layers]}
+    mode = getattr(model.head.weight, "fake_mode", None) or FakeTensorMode()
+    op = "torch" if model.execution.op == "torch" else "auto"
+    short = model.shortened(layers).with_execution(op=op, grad_cp=config.grad_cp)
+    chunks = math.ceil(T / config.chunk_ctx) if config.train_type == "infctx" else 1
+    run_chunks = min(chunks, CHUNKS)  # a chunk more keeps its border's state more, and no more than that
     with mode:
         known: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*short.parameters(), *short.buffers())}
-        idx, alive = torch.zeros(B, T, dtype=torch.long), Alive()
+        length = T if chunks == 1 else T - (chunks - run_chunks) * config.chunk_ctx
+        idx, alive = torch.zeros(B, length, dtype=torch.long), Alive()
         alive.known = {t.untyped_storage()._cdata for t in known.values()}
         known |= {id(weight): Dense(weight) for weight in short.modules() if isinstance(weight, QuantisedWeight)}
         short = copy.deepcopy(short, known)
-        short.grad_cp, short.op = config.grad_cp, "auto"
+        border = 0
 
         def forward(piece, state):
+            nonlocal border
             hidden, state = short.hidden(piece["idx"], state)
+            border = bytes_of(tensors_of(state))
             # every token counts as trained
             loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), config.l2wrap)
             return loss, state
@@ -91,19 +98,19 @@ def step_bytes(model: RWKV, B: int, T: int, config: TrainConfig, layers: int) ->
                 backward_in_chunks(forward, pieces, config.chunk_ctx, config.truncate, lambda loss, last: loss.backward())
             else:
                 forward({"idx": idx}, None)[0].backward()
-    return alive.peak
+    return alive.peak + (0 if config.truncate else (chunks - run_chunks) * border)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def estimate(model: RWKV, B: int, T: int, config: TrainConfig, world: int = 1, cuda: bool = False) -> dict[str, int]:
+def estimate(model: LanguageModel, B: int, T: int, config: TrainConfig, world: int = 1, cuda: bool = False) -> dict[str, int]:
     """Bytes by part that each of `world` devices takes at the most, for micro batches of B rows of T tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     low = sum(p.numel() for p in trained if p.element_size() < 4)  # of which the optimiser keeps float32 masters
-    L = len(model.blocks)
+    L = model.sizes.n_layer
     much = 2 * numbers > sum(p.numel() for p in model.parameters())
     if much or L <= LAYERS:  # where much trains, the peak of a short model lies at another place
         step = step_bytes(model, B, T, config, L)
@@ -111,17 +118,17 @@ def estimate(model: RWKV, B: int, T: int, config: TrainConfig, world: int = 1, c
         fewer, more = (step_bytes(model, B, T, config, layers) for layers in (LAYERS - 1, LAYERS))
         step = more + (L - LAYERS) * (more - fewer)
     if cuda:
-        step += (1 if config.grad_cp else L) * wkv6_keeps_more(model, B, T)
+        step += (1 if config.grad_cp else L) * model.cuda_extra_bytes(B, T)
     parts = {
         "base weights": bytes_of(p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad),
         "trained weights": bytes_of(trained) + 4 * low,
-        "optimiser": 8 * numbers,
+        "optimiser": OPTIMISERS[config.optim].bytes * numbers,
         "activations and gradients": max(step, 4 * numbers),
     }
     if config.strategy.startswith("deepspeed"):
         stage, offload = int(config.strategy[16]), config.strategy.endswith("offload")
         parts["trained weights"] = bytes_of(trained)
-        parts["optimiser"] = 0 if offload else 12 * numbers // world  # with float32 masters
+        parts["optimiser"] = 0 if offload else (OPTIMISERS[config.optim].bytes + 4) * numbers // world  # with float32 masters
         if stage == 3:
             parts["base weights"] = 0 if offload else parts["base weights"] // world
             parts["trained weights"] = 0 if offload else parts["trained weights"] // world
@@ -133,26 +140,21 @@ def estimate(model: RWKV, B: int, T: int, config: TrainConfig, world: int = 1, c
     return parts
 
 
-def wkv6_keeps_more(model: RWKV, B: int, T: int) -> int:
-    """Bytes that the CUDA kernel keeps of a layer for backward beyond what the CPU's does."""
-    H, N = model.config.n_head, model.config.head_size
-    r = torch.empty(B, T, H, N, dtype=model.emb.weight.dtype, device="meta")
-    return 4 * (math.prod(wkv6_cuda.saved_shape(r)) - math.prod(wkv6_cpu.saved_shape(r)))
-
-
-WORLD = {"1.6B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}  # layers, n_embd
+RELEASES = {"1.6B": ("x060", 24, 2048), "3B": ("x060", 32, 2560), "7B": ("x060", 32, 4096)}  # version, layers, n_embd
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 BITS = {"none": 0, "int8": 8, "nf4": 4.5}
 
 
-def world_model(layers: int, n_embd: int, peft: str, r: int, quant: str) -> RWKV:
-    """A World model in bf16 with adapters, without memory. Call within FakeTensorMode."""
-    model = RWKV(ModelConfig.new(65536, layers, n_embd))
+def released(version: str, layers: int, n_embd: int, peft: str, r: int, quant: str) -> LanguageModel:
+    """A model of a release's sizes in bf16 with adapters, without memory. Call within FakeTensorMode."""
+    kind = MODELS[version]
+    sizes = kind.new_sizes(vocab_size=65536, n_layer=layers, n_embd=n_embd, head_size=64)
+    model = kind(sizes, Execution())
     for name, p in list(model.named_parameters()):
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16)))
     if quant != "none":
-        for name in projections(model, ("att", "ffn")):
+        for name in projections(model):
             weight = model.get_parameter(f"{name}.weight")
             data = torch.empty(int(weight.numel() * BITS[quant] / 8), dtype=torch.uint8)
             model.set_submodule(name, FrozenLinear(Dense(weight, data=data)))
@@ -172,19 +174,19 @@ LENGTHS = (512, 2048, 8192)
 
 def table_rows(size: str, peft: str, r: int) -> list[str]:
     """Of the table in docs/memory.md, the rows of a World model and a method, one for each kind of base weights."""
-    shape, steps = WORLD[size], []
+    shape, steps = RELEASES[size], []
     for T, grad_cp in itertools.product(LENGTHS, (False, True)):
         config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
         with FakeTensorMode():
-            parts = estimate(world_model(*shape, peft, r, "none"), 1, T, config, cuda=True)
+            parts = estimate(released(*shape, peft, r, "none"), 1, T, config, cuda=True)
         steps.append(sum(parts.values()) - parts["base weights"])
     rows = []
     for quant in BITS if peft != "none" else ("none",):
         with FakeTensorMode():
-            model = world_model(*shape, peft, r, quant)
+            model = released(*shape, peft, r, quant)
         base = bytes_of(t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
         if quant != "none":  # one projection's weight at a time is made dense
-            base += 2 * model.config.n_embd * model.config.dim_ffn
+            base += 2 * max(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantisedWeight))
         name = f"{peft}, r {r}" if r else peft
         cells = " | ".join(f"{(base + step) / 10**9:.1f}: {card_for(base + step)}" for step in steps)
         rows.append(f"| {size} | {name} | {quant} | {cells} |")
@@ -194,7 +196,7 @@ def table_rows(size: str, peft: str, r: int) -> list[str]:
 def main() -> None:
     print("| model | `--peft` | `--quant` |" + "".join(f" {T} | {T}, `--grad_cp 1` |" for T in LENGTHS))
     print("|---" * (3 + 2 * len(LENGTHS)) + "|")
-    for size in WORLD:
+    for size in RELEASES:
         for peft, r in (("bone", 64), ("miss", 64), ("lora", 32), ("dora", 32), ("none", 0)):
             print("\n".join(table_rows(size, peft, r)), flush=True)
 

@@ -1,7 +1,7 @@
-"""Step checkpoints: all that a run needs to go on as if it had never stopped, and no more.
+"""Step checkpoints: all that a run needs to be resumed as if it had never stopped, and no more.
 
     checkpoints/step-00000123.ckpt          the run: what trains, lengths of the logs, ...; and what is the first device's own
-    checkpoints/step-00000123.rank-1.ckpt   what is the second's: random numbers, its part of a shared-out optimiser; and so on
+    checkpoints/step-00000123.rank-1.ckpt   what is the second's: random numbers, its part of a divided optimiser; and so on
 
 Where in the data a run stands follows from the step. A file appears under its name when it is whole, and the first device's
 comes last: a checkpoint that has it has all. It goes first when the checkpoint is dropped.
@@ -9,78 +9,100 @@ comes last: a checkpoint that has it has all. It goes first when the checkpoint 
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..config import TrainConfig
 from ..errors import UserError
 from ..files.atomic import atomic
 from ..files.pth import check_sums, reason
+from ..models import LanguageModel
 from ..peft import adapter_tensors
+from .outputs import RunFolder
+from .strategies import Engine
+
+# Flags that decide which samples a step holds, which of their tokens are trained, and what is trained.
+INVARIANT_FLAGS = (
+    "objective optim quant micro_bsz accumulate_grad_batches ctx_len dataload data_shuffle random_seed epoch_steps repeat_data "
+    "loss_mask loss_marks data_rows tokenizer encoding fields template format train_type truncate val_split peft peft_options"
+).split()
 
 
-def folder(proj_dir: str | Path) -> Path:
-    return Path(proj_dir) / "checkpoints"
+def invariants(model: LanguageModel, data: Any, config: TrainConfig, world: int) -> dict[str, Any]:
+    """What a run can be resumed with alone."""
+    sharded = config.strategy if config.strategy.startswith("deepspeed") else "auto"
+    flags = {f"--{name}": getattr(config, name) for name in INVARIANT_FLAGS}
+    return {"devices": world, "strategy": sharded, "base": model.fingerprint, **data.invariants(), **flags}
 
 
-def path_of(proj_dir: str | Path, step: int, rank: int = 0) -> Path:
-    return folder(proj_dir) / (f"step-{step:08d}.rank-{rank}.ckpt" if rank else f"step-{step:08d}.ckpt")
+def check_invariants(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in saved.items():
+        if name in now and now[name] != value:
+            raise UserError(f"--resume: the run was begun with {name} {value!r}, not {now[name]!r}; give what it began with")
 
 
-def steps_saved(proj_dir: str | Path) -> list[int]:
-    """Steps of which there is a checkpoint, the newest first."""
-    names = [re.fullmatch(r"step-(\d+)\.ckpt", path.name) for path in folder(proj_dir).glob("step-*.ckpt")]
+def name_of(step: int, rank: int = 0) -> str:
+    """Within the run's folder."""
+    return f"checkpoints/step-{step:08d}" + (f".rank-{rank}.ckpt" if rank else ".ckpt")
+
+
+def steps_saved(folder: RunFolder) -> list[int]:
+    """Steps of which there is a checkpoint of this folder's own, the newest first."""
+    names = [re.fullmatch(r"checkpoints/step-(\d+)\.ckpt", name) for name in folder.files if (folder / name).is_file()]
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def newest(proj_dir: str | Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def newest(folder: RunFolder, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The newest checkpoint that is whole on every device: the run's state and that of device `rank`. None if there is none.
 
     A damaged one is passed over with a warning. If all are damaged, that is an error.
     """
-    steps = steps_saved(proj_dir)
+    steps = steps_saved(folder)
     for step in steps:
         try:
-            run = load_state(path_of(proj_dir, step))
-            for other in range(1, run["geometry"]["devices"]):
-                check_sums(path_of(proj_dir, step, other))
-            has_own = 0 < rank < run["geometry"]["devices"]
-            return run, load_state(path_of(proj_dir, step, rank)) if has_own else run["own"]
-        except UserError as error:
+            run = load_state(folder / name_of(step))
+            devices = run["invariants"]["devices"]
+            for other in range(1, devices):
+                check_sums(folder / name_of(step, other))
+            return run, load_state(folder / name_of(step, rank)) if 0 < rank < devices else run["own"]
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             if rank == 0:
-                print(f"warning: {error}; taking the checkpoint before", file=sys.stderr)
+                what = error if isinstance(error, UserError) else f"{folder / name_of(step)}: not a checkpoint of this program"
+                print(f"warning: {what}; taking the checkpoint before", file=sys.stderr)
     if steps:
-        where = folder(proj_dir)
-        raise UserError(f"{where}: none of {len(steps)} checkpoints is whole; --overwrite without --resume begins anew")
+        cure = "--overwrite without --resume begins anew"
+        raise UserError(f"{folder / 'checkpoints'}: none of {len(steps)} checkpoints is whole; {cure}")
     return None
 
 
-def save(
-    proj_dir: str | Path, step: int, run: dict[str, Any], own: dict[str, Any], rank: int, barrier: Callable[[], None],
-    keep_last: int,
-) -> None:  # fmt: skip
+def save(folder: RunFolder, engine: Engine, step: int, run: dict[str, Any], own: dict[str, Any], keep_last: int) -> None:
     """Write one checkpoint, each device its `own`, the first also `run`; then drop all but the newest `keep_last`."""
-    if rank:
-        save_state(path_of(proj_dir, step, rank), own)
-    barrier()
-    if rank == 0:
-        save_state(path_of(proj_dir, step), {**run, "own": own})
-        for old in steps_saved(proj_dir)[keep_last:]:
-            for path in (path_of(proj_dir, old), *folder(proj_dir).glob(f"step-{old:08d}.rank-*.ckpt")):
-                path.unlink(missing_ok=True)
+    if engine.first:
+        folder.claim(*(name_of(step, rank) for rank in reversed(range(engine.world))))
+    engine.barrier()
+    if not engine.first:
+        save_state(folder / name_of(step, engine.rank), own)
+    engine.barrier()
+    if engine.first:
+        save_state(folder / name_of(step), {**run, "own": own})
+        for old in steps_saved(folder)[keep_last:]:
+            folder.remove(of_step(folder, old))
 
 
-def clear(proj_dir: str | Path, after: int = 0) -> None:
-    """Remove checkpoints beyond step `after`, and what killed processes left half written."""
-    whole = {step for step in steps_saved(proj_dir) if step <= after}
-    for path in folder(proj_dir).glob("step-*"):
-        if path.suffix != ".ckpt" or int(path.name[5:13]) not in whole:
-            path.unlink()
-    for path in Path(proj_dir).glob("*.tmp"):
-        path.unlink()
+def of_step(folder: RunFolder, step: int) -> list[str]:
+    """The files of one checkpoint, the first device's first."""
+    return sorted((name for name in folder.files if re.match(rf"checkpoints/step-{step:08d}\.", name)), key=len)
+
+
+def clear(folder: RunFolder, after: int) -> None:
+    """Remove checkpoints beyond step `after`, and parts of one that is not whole."""
+    whole = {step for step in steps_saved(folder) if step <= after}
+    names = {name: re.match(r"checkpoints/step-(\d+)\.", name) for name in folder.files}
+    folder.remove([name for name, match in names.items() if match and int(match[1]) not in whole])
 
 
 def random_state() -> dict[str, Any]:
@@ -105,15 +127,21 @@ def restore_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write what a run needs to go on (nested dicts and lists of tensors and plain values)."""
-    with atomic(path) as file:
-        torch.save(dict(state), file)
+    """Write nested dicts and lists of tensors and plain values."""
+    try:
+        with atomic(path) as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:  # so torch reports a disk that is full
+        raise UserError(f"{path}: cannot be written ({reason(error)}); what was saved before is whole") from error
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
     """Read what `save_state` wrote; UserError if it is damaged."""
     check_sums(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler fed with damaged bytes can raise anything
         raise UserError(f"{path}: not a whole checkpoint ({reason(error)})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint of this program")
+    return state

@@ -10,8 +10,10 @@ import sys
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from . import build, wkv6_cuda
+from ...errors import UserError
+from ..cuda import INT, POINTER, SIZE, Functions, declare, load, run
+
+FUNCTIONS: Functions = {f"bone_{name}": (INT, [SIZE] + [INT] * 3 + [POINTER] * 4) for name in ("forward", "backward")}
 
 
 def fits(x: Tensor, g: Tensor | None, out: int, r: int) -> bool:
@@ -35,7 +37,7 @@ def forward(x: Tensor, u: Tensor, y: Tensor) -> None:
     n, _, r = u.shape
     lib = library(x.device)
     assert lib is not None  # `fits` has seen it
-    wkv6_cuda.run(lib.bone_forward, x.device, n, x.shape[1], y.shape[1], r, x, u, y)
+    run(lib.bone_forward, x.device, n, x.shape[1], y.shape[1], r, x, u, y)
 
 
 def backward(g: Tensor, q: Tensor, du: Tensor) -> None:
@@ -43,7 +45,7 @@ def backward(g: Tensor, q: Tensor, du: Tensor) -> None:
     n, m, r = q.shape
     lib = library(g.device)
     assert lib is not None
-    wkv6_cuda.run(lib.bone_backward, g.device, n, m * r, g.shape[1], r, g, q, du)
+    run(lib.bone_backward, g.device, n, m * r, g.shape[1], r, g, q, du)
 
 
 def library(device: torch.device) -> ctypes.CDLL | None:
@@ -52,20 +54,8 @@ def library(device: torch.device) -> ctypes.CDLL | None:
 
 @functools.cache
 def _load(capability: tuple[int, int]) -> ctypes.CDLL | None:
-    cuda = build.source_dir()
     try:
-        path = build.build(
-            "bone", [build.Object(cuda / "bone.cu")], wkv6_cuda.nvcc(), headers=[cuda / "device.cuh"],
-            flags=("-O3", "-std=c++17", "-arch=sm_{}{}".format(*capability), "-Xcompiler", "-fPIC"),
-        )  # fmt: skip
-        return declare(build.load(path))
+        return declare(load("bone", capability), FUNCTIONS)
     except UserError as error:
         print(f"rwkv-bone: Bone's own kernels cannot be used, so its sums take more passes over memory: {error}", file=sys.stderr)
         return None
-
-
-def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Give the functions of cuda/bone.cu their C types."""
-    for function in (lib.bone_forward, lib.bone_backward):
-        function.restype, function.argtypes = ctypes.c_int, [ctypes.c_int64] + [ctypes.c_int] * 3 + [ctypes.c_void_p] * 4
-    return lib

@@ -11,12 +11,12 @@
 // neighbours along the sum. Only there is du rounded to bf16, so that processors differ by that rounding.
 //
 // Compiled once for every instruction set with BONE_VARIANT defined, which gives the kernels, and once without, for the plain C
-// interface. No inline function of a shared header may be called here: see wkv6_cpu_kernel.h.
+// interface. No inline function of a shared header may be called here: see vectors.h.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
-#include "wkv6_cpu.h"
+#include "cpu.h"
 
 #if defined(__x86_64__) && defined(__has_include)
 #if __has_include(<avx512bf16intrin.h>)
@@ -38,7 +38,7 @@ struct Problem {
     int wants_dx;
 };
 
-using Kernel = void(const Problem&, const wkv6::Threads&);
+using Kernel = void(const Problem&, const cpu::Threads&);
 
 namespace portable { Kernel forward, backward; }
 namespace avx2 { Kernel forward, backward; }
@@ -297,7 +297,7 @@ void backward_tile(const Problem& p, const Workspace& work, int64_t share, int64
 }
 
 template <class K>
-void forward_all(const Problem& p, const wkv6::Threads& threads) {
+void forward_all(const Problem& p, const cpu::Threads& threads) {
     threads.each((p.n + kTokens<K> - 1) / kTokens<K>, [&](int64_t i) {
         Workspace work(2, kTokens<K>, p.r);
         forward_tile<K>(p, work, i * kTokens<K>, least(kTokens<K>, p.n - i * kTokens<K>));
@@ -305,7 +305,7 @@ void forward_all(const Problem& p, const wkv6::Threads& threads) {
 }
 
 template <class K>
-void backward_all(const Problem& p, const wkv6::Threads& threads) {
+void backward_all(const Problem& p, const cpu::Threads& threads) {
     threads.each(p.shares * p.groups, [&](int64_t task) {
         Workspace work(5, kTokens<K>, p.r);
         int64_t share = task / p.groups, size = (p.n + p.shares - 1) / p.shares, last = least(p.n, (share + 1) * size);
@@ -316,11 +316,11 @@ void backward_all(const Problem& p, const wkv6::Threads& threads) {
 
 }  // namespace
 
-void forward(const Problem& p, const wkv6::Threads& threads) {
+void forward(const Problem& p, const cpu::Threads& threads) {
     (p.pairs ? forward_all<Paired> : p.bf16 ? forward_all<Single<bf16>> : forward_all<Single<float>>)(p, threads);
 }
 
-void backward(const Problem& p, const wkv6::Threads& threads) {
+void backward(const Problem& p, const cpu::Threads& threads) {
     (p.pairs ? backward_all<Paired> : p.bf16 ? backward_all<Single<bf16>> : backward_all<Single<float>>)(p, threads);
 }
 
@@ -337,7 +337,7 @@ void backward(const Problem& p, const wkv6::Threads& threads) {
 
 extern "C" {
 
-// `variant` is one that wkv6_cpu_has; `pairs` only where bone_cpu_pairs, for bf16 and an even r. b is (in / r, r, r padded to
+// `variant` is one that cpu_has; `pairs` only where bone_cpu_pairs, for bf16 and an even r. b is (in / r, r, r padded to
 // kLanes) floats, first index of the two the summed one, or (in / r, r / 2, r padded) pairs of bf16 along that.
 void bone_cpu_forward(int variant, int threads, void* parallel, int bf16, int pairs, int64_t n, int64_t in, int64_t out, int64_t r,
                       const void* x, const void* b, void* xu, void* y) {

@@ -1,6 +1,6 @@
-"""Bone's forward and backward on the CPU: all but the two large products is in cuda/bone_cpu.cpp, in one pass over each tensor.
+"""Bone's forward and backward on the CPU: all but the two large products is in cpp/bone_cpu.cpp, in one pass over each tensor.
 
-The formulas are in rwkv_bone/peft/bone.py. The kernels are part of the library of the WKV6 kernel.
+The formulas are in rwkv_bone/peft/bone.py.
 
 float32 has a second form, for many tokens, which makes W' and still needs neither its gradient nor a third large product:
 
@@ -11,18 +11,22 @@ what W' has beside W (rwkv_bone/peft/rounding.py).
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
-from . import wkv6_cpu
+from ...errors import UserError
+from ..cpu import INT, POINTER, SIZE, VARIANTS, Kernels
 
 WIDEST = 512  # of a piece: the products of wider ones are such as torch's are made for
-LANES = 16  # kLanes in cuda/bone_cpu.cpp
+LANES = 16  # kLanes in cpp/bone_cpu.cpp
 AT_ONCE = 512  # tokens of a large product for each thread, and for two at least: fewer are slower, more take more memory
 MANY = 2  # tokens for each output from which on making W' is the faster
+HEAD: list[Any] = [INT, INT, *[SIZE] * 4]  # bf16, pairs, n, in, out, r
+BACKWARD: list[Any] = [POINTER] * 5 + [SIZE, SIZE, INT]
+kernels = Kernels("bone", {"forward": HEAD + [POINTER] * 4, "backward": HEAD + BACKWARD})
 
 
 def fits(x: Tensor, r: int) -> bool:
@@ -47,7 +51,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     r, b = b.shape[-1], packed(b.mT, x.dtype)
     for rows in spans(len(x)):
         xs, ys, xus = x[rows], y[rows], x_plus_u[: rows.stop - rows.start]
-        call("bone_cpu_forward", xs, len(w), r, xs, b, xus, ys)
+        call("forward", xs, len(w), r, xs, b, xus, ys)
         # the product is added to the tiles before it is rounded: s is small beside it at the start of a training
         ys.addmm_(xus, w.T)
     return y
@@ -68,7 +72,7 @@ def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tupl
     for rows in spans(len(x)):
         xs, gs = x[rows], g[rows]
         q = torch.mm(gs, w_, out=dx[rows] if wants_dx else dx[: len(xs)])
-        call("bone_cpu_backward", xs, len(w), r, xs, b, gs, q, db, shares, groups, wants_dx and inverse is None)
+        call("backward", xs, len(w), r, xs, b, gs, q, db, shares, groups, wants_dx and inverse is None)
     db = db.sum(0)[..., :r]
     if inverse is not None:  # what the kernel summed is (dx_j + t)^T x_j
         db = inverse.mT @ db
@@ -99,7 +103,7 @@ def merged(w: Tensor, b: Tensor) -> Tensor:
     m, r, _ = b.shape
     w = w.contiguous()
     made = torch.empty_like(w)
-    call("bone_cpu_forward", w, 0, r, w, packed(b, w.dtype), made, made[:0])
+    call("forward", w, 0, r, w, packed(b, w.dtype), made, made[:0])
     made.view(-1, r, m, r).add_(b.transpose(0, 1))
     return made
 
@@ -114,7 +118,7 @@ def at_once() -> int:
 
 
 def takes_pairs(dtype: torch.dtype, r: int) -> bool:
-    return dtype == torch.bfloat16 and r % 2 == 0 and bool(wkv6_cpu.library().bone_cpu_pairs(wkv6_cpu.variant_number(None)))
+    return dtype == torch.bfloat16 and r % 2 == 0 and bool(kernels.library.bone_cpu_pairs(VARIANTS[kernels.variants[-1]]))
 
 
 def packed(b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,16 +128,14 @@ def packed(b: Tensor, dtype: torch.dtype) -> Tensor:
     return (b.unflatten(1, (-1, 2)).transpose(2, 3) if takes_pairs(dtype, r) else b.float()).contiguous()
 
 
-def call(name: str, x: Tensor, out: int, r: int, *arguments: Tensor | int) -> None:
-    head = wkv6_cpu.variant_number(None), torch.get_num_threads(), wkv6_cpu.torch_threads(), x.dtype == torch.bfloat16
-    function = getattr(wkv6_cpu.library(), name)
-    function(*head, takes_pairs(x.dtype, r), *x.shape, out, r, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+def call(function: str, x: Tensor, out: int, r: int, *arguments: Tensor | int) -> None:
+    kernels.call(function, x.dtype == torch.bfloat16, takes_pairs(x.dtype, r), *x.shape, out, r, *arguments)
 
 
 @functools.cache
 def available() -> bool:
     """Whether the library is there. Where it cannot be built, the WKV6 op says so, and --op torch has no need of it."""
     try:
-        return bool(wkv6_cpu.library())
+        return bool(kernels.library)
     except UserError:
         return False

@@ -1,0 +1,194 @@
+"""Rows -> documents: for each row its tokens and which of them are trained, in batches, on one process or several.
+
+A row becomes a conversation (rows.py), its template the text and what of it is trained (templates.py), each stretch of which is
+tokenised by itself. The tokenizer's end of document follows, trained where the last stretch is.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from .files import BEGINNING, Batch, Place, read_batches
+from .rows import Conversation, LeftOut, RowReader, Tally, turns
+from .templates import BORDER, CHANGED, Template, to_json
+from .tokenizer import Tokenizer, unicode_bytes
+
+LOSS_MASKS = ("answer", "all", "pad")
+NOTHING_TRAINED = "without a trained token"
+
+
+class Encoded(NamedTuple):
+    """Some consecutive documents."""
+
+    tokens: np.ndarray  # (sum of sizes,)
+    sizes: np.ndarray  # int64 (documents,)
+    mask: np.ndarray | None  # uint8, as long as tokens; None = all trained
+    tally: Tally
+    read: int  # bytes taken from disk so far
+    end: Place  # the documents of the files up to there have come
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns rows into tokens. Goes to other processes by pickle.
+
+    fields      {our name: the file's name}, as {"question": "problem", "answer": "solution"}
+    format      "auto", or what to take rows for that can be read in several ways (rows.py, FORMATS)
+    loss_mask   "answer" (answers of conversations, all of other texts), "all" or "pad" (every token: only padding is left out)
+    """
+
+    tokenizer: Tokenizer
+    template: Template = field(default_factory=Template.open)
+    fields: dict[str, str] = field(default_factory=dict)
+    format: str = "auto"
+    loss_mask: str = "answer"
+
+    def __post_init__(self):
+        if self.loss_mask not in LOSS_MASKS:
+            raise UserError(f"loss_mask {self.loss_mask!r} is not known; choose from {', '.join(LOSS_MASKS)}")
+        object.__setattr__(self, "reader", RowReader(self.fields, self.format))
+
+    def conversation(self, row: dict) -> Conversation | str | None:
+        """What a row says, a text for a text row; None where there is nothing to train."""
+        try:
+            return self.reader(row, Tally())
+        except LeftOut:
+            return None
+
+    def encode(self, batch: Batch) -> Encoded:
+        """The documents of a batch. UserError names the file and the row."""
+        tally, items, numbers = Tally(), [], []
+        for number, row in batch.rows():
+            try:
+                items.append(self.reader(row, tally))
+                numbers.append(number)
+            except LeftOut as reason:
+                tally.note(tally.left_out, str(reason), batch.where(number))
+            except UserError as error:
+                raise UserError(f"{batch.where(number)}: {error}") from None
+        try:
+            return self._documents(batch, tally, items, numbers)
+        except UserError:
+            for number, item in zip(numbers, items):  # which of them is it?
+                try:
+                    self._documents(batch, Tally(), [item], [number])
+                except UserError as error:
+                    raise UserError(f"{batch.where(number)}: {error}") from None
+            raise
+
+    def _documents(self, batch: Batch, tally: Tally, items: list, numbers: list[int]) -> Encoded:
+        stretches, trained, counts = [], [], []  # texts of all documents, whether each is trained, and how many a document has
+        talks = [item for item in items if type(item) is not str]
+        _refuse_marks(talks)
+        if talks and self.loss_mask == "answer" and not self.template.marks:
+            raise UserError(f"the template {self.template.name} does not mark what is trained; put {{% generation %}} ... "
+                            "{% endgeneration %} around the assistant's part, or give --loss_mask all")  # fmt: skip
+        rendered = iter(self.template.render(talks) if talks else ())
+        for number, item in zip(numbers, items):
+            if type(item) is str:
+                cut = turns(item) if self.loss_mask == "answer" and batch.unit != "text" else None
+                tally.turns += cut is not None
+                pieces, flags = zip(*cut or [(item, True)])
+            else:
+                text = next(rendered)
+                if CHANGED in text:
+                    text = text.replace(CHANGED, "")
+                    tally.note(tally.changed, "blank lines or \\r left out of a turn", batch.where(number))
+                pieces = text.split(BORDER)  # alternately not trained and trained
+                if not pieces[-1]:
+                    del pieces[-1]
+                flags = (False, True) * (len(pieces) // 2) + (False,) * (len(pieces) % 2)
+            if self.loss_mask == "answer" and True not in flags:
+                tally.note(tally.left_out, NOTHING_TRAINED, batch.where(number))
+                continue
+            stretches += pieces
+            trained += flags
+            stretches.append("")  # the end's place
+            trained.append(flags[-1])
+            counts.append(len(pieces) + 1)
+        ids = self.tokenizer.encode_batch(stretches)
+        borders = np.cumsum(counts, dtype=np.int64)
+        end = list(self.tokenizer.end)
+        for place in (borders - 1).tolist():
+            ids[place] = end
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32
+        tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+        sizes = np.add.reduceat(lengths, borders - counts) if counts else np.zeros(0, np.int64)
+        mask = None
+        if self.loss_mask == "answer" and not all(trained):
+            mask = np.repeat(np.array(trained, np.uint8), lengths)
+        return Encoded(tokens, sizes, mask, tally, batch.read, batch.end)
+
+
+def _refuse_marks(talks: list[Conversation]) -> None:
+    """UserError for text that holds halves of surrogate pairs: some of them are the marks of a template."""
+    for messages, tools in talks:
+        for value in (tools, *(value for message in messages for value in message.values())):
+            if value is not None and not (type(value) is str and value.isascii()):
+                unicode_bytes(value if type(value) is str else to_json(value))
+
+
+def encode_files(
+    paths: list[str], encoder: RowEncoder, workers: int = 1, start: Place = BEGINNING, text: bool = False
+) -> Generator[Encoded, None, None]:
+    """Documents of all files in order, whatever the number of processes; at most a few batches a worker are held at once."""
+    batches = read_batches(paths, text, start)
+    if workers <= 1:
+        yield from map(encoder.encode, batches)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_work, batch))
+            if len(pending) >= 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died, perhaps for want of memory; try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: RowEncoder  # of a worker process
+
+
+def _start_worker(encoder: RowEncoder) -> None:
+    global _encoder
+    _encoder = encoder
+    os.environ["RAYON_NUM_THREADS"] = "1"  # pyrwkv-tokenizer would start a thread a core in each worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()  # nor outlive it
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _work(batch: Batch) -> Encoded:
+    return _encoder.encode(batch)
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """'question=problem,answer=solution' -> {"question": "problem", "answer": "solution"}."""
+    pairs = [item.split("=") for item in text.split(",") if item]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UserError(f"--fields {text!r}: wanted name=NAME_IN_THE_FILE, several joined by commas")
+    return dict(pairs)

@@ -1,0 +1,83 @@
+"""What the CPU kernels of cpp/ share in Python: building for several instruction sets, threads, and calls through ctypes."""
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..terminal import counted
+from . import build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # Type in cpp/cpu.h
+VARIANTS = {"portable": 0, "avx2": 1, "avx512": 2}  # Variant in cpp/cpu.h, in order of speed
+VARIANT_FLAGS = {
+    "portable": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+}
+INT, SIZE, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class Kernels:
+    """The C functions NAME_cpu_FUNCTION of cpp/NAME_cpu.cpp, built on first use. Every one begins with the arguments variant,
+    threads and parallel; `functions` gives the types of the others."""
+
+    def __init__(self, name: str, functions: dict[str, list[Any]]):
+        self.name, self.functions = name, functions
+
+    def build_library(self, cache: Path | None = None) -> Path:
+        source = build.source(f"cpp/{self.name}_cpu.cpp")
+        variants = VARIANTS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+        macro = f"-D{self.name.upper()}_VARIANT"
+        objects = [build.Object(source.with_name("cpu.cpp")), build.Object(source)]
+        objects += [build.Object(source, (f"{macro}={name}", *VARIANT_FLAGS[name])) for name in variants]
+        return build.build(
+            f"{self.name}_cpu", objects, build.cxx_compiler(),
+            flags=("-O3", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=fast"),
+            link_flags=("-shared", "-pthread"), cache=cache,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def library(self) -> ctypes.CDLL:
+        lib = build.load(self.build_library())
+        for name, argtypes in self.functions.items():
+            function = getattr(lib, f"{self.name}_cpu_{name}")
+            function.restype, function.argtypes = None, [INT, INT, POINTER, *argtypes]
+        return lib
+
+    @functools.cached_property
+    def variants(self) -> list[str]:
+        """The instruction sets that this machine can run, the fastest last."""
+        return [name for name, number in VARIANTS.items() if self.library.cpu_has(number)]
+
+    def describe(self, variant: str | None = None) -> str:
+        return f"C++ kernel, {variant or self.variants[-1]}, {counted(torch.get_num_threads(), 'thread')}"
+
+    def call(self, function: str, *arguments, variant: str | None = None, threads: int | None = None) -> None:
+        """NAME_cpu_`function`(*arguments), tensors as the addresses of their data. `variant`, `threads`: for tests; else the
+        fastest that this machine can run, and as many as torch takes."""
+        if variant is None:
+            variant = self.variants[-1]
+        elif variant not in self.variants:
+            raise ValueError(f"this machine has no {variant}: choose among {', '.join(self.variants)}")
+        getattr(self.library, f"{self.name}_cpu_{function}")(
+            VARIANTS[variant], threads or torch.get_num_threads(), torch_threads(),
+            *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments),
+        )  # fmt: skip
+
+
+@functools.cache
+def torch_threads() -> int | None:
+    """The address of GOMP_parallel in the OpenMP that torch runs on: one pool of threads, not two that fight for cores.
+
+    None where torch has another kind of threads; then the kernel starts its own.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None

@@ -1,0 +1,168 @@
+"""The files of a run in its folder (`--proj_dir`), and the record of which these are.
+
+    rwkv-N.pth, rwkv-N.json   the adapter (or, with --peft none, the model) after epoch N, and its sidecar
+    rwkv-best, -interrupted   the same at the lowest validation loss, and where a signal ended the run
+    checkpoints/              what --resume auto continues from, see resume.py
+    loss_data.jsonl, val_data.jsonl, metrics.csv: a line a step or validation;   train_log.txt: a line an epoch
+    config.json, loss.png
+    run_files.json            the names of all of these that a run made here, and its processes
+
+A run changes and removes only files that are named in the record, and writes a name there before it makes the file. So nothing
+that a user put into the folder is ever lost, and a file that was given as input is never touched wherever it lies.
+"""
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..errors import UserError
+from ..files.adapters import save_adapter, sidecar
+from ..files.atomic import atomic
+from ..files.pth import save_tensors
+from ..models import LanguageModel
+
+RECORD = "run_files.json"
+INTERRUPTED, BEST = "rwkv-interrupted.pth", "rwkv-best.pth"
+LOGS = ("loss_data.jsonl", "val_data.jsonl", "train_log.txt", "metrics.csv")
+
+
+def result_due(config: TrainConfig, epoch: int) -> bool:
+    """Whether rwkv-N.pth is written after that epoch."""
+    done = epoch - config.epoch_begin + 1
+    return done % config.epoch_save == 0 or done == config.epoch_count
+
+
+def planned(config: TrainConfig) -> list[str]:
+    """The names that a run may write directly in its folder, its step checkpoints aside."""
+    epochs = range(config.epoch_begin, config.epoch_begin + config.epoch_count)
+    results = [f"rwkv-{epoch}.pth" for epoch in epochs if result_due(config, epoch)] + [BEST, INTERRUPTED]
+    return [*results, *(str(sidecar(name)) for name in results), *LOGS, "config.json", "loss.png"]
+
+
+class RunFolder:
+    """`--proj_dir`, with the record of what runs made in it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files: list[str] = []
+        self.pids: list[int] = []
+        self.finished = False
+        try:
+            record = json.loads((self.path / RECORD).read_bytes())
+            names, pids, finished = record["files"], record["pids"], record["finished"]
+            if all(isinstance(n, str) for n in names) and all(type(p) is int for p in pids) and type(finished) is bool:
+                self.files, self.pids, self.finished = names, pids, finished
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass  # none, or not ours: then no file here is ours
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def save(self) -> None:
+        with atomic(self.path / RECORD) as file:
+            text = json.dumps({"finished": self.finished, "pids": self.pids, "files": self.files}, indent=1)
+            file.write(text.encode())
+
+    def claim(self, *names: str) -> None:
+        """Name files as this run's own, before they are made. UserError for one that is there and was made by nobody known."""
+        new = [name for name in names if name not in self.files]
+        for name in new:
+            if os.path.lexists(self.path / name):
+                raise UserError(f"{self.path / name} exists and is not a file of a run in this folder; give another --proj_dir")
+        if new:
+            self.files += new
+            self.save()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files of the record, with what a killed process left of them half written."""
+        gone = set()
+        for name in names:
+            if name in self.files:
+                (self.path / name).unlink(missing_ok=True)
+                gone.add(name)
+        if gone:
+            self.files = [name for name in self.files if name not in gone]
+            self.save()
+
+    def remove_half_written(self) -> None:
+        """What killed processes of the record left of its files."""
+        for name in [*self.files, RECORD]:
+            for pid in self.pids:
+                left = self.path / f"{name}.{pid}.tmp"
+                if left.is_file():
+                    left.unlink()
+
+    def begin(self, config: TrainConfig, pids: list[int], anew: bool) -> None:
+        """Take the folder into use; `anew`: without what an earlier run left in it. Inputs of the run stay as they are."""
+        inputs = inputs_of(config)
+        for name in planned(config):
+            same = [given for given in inputs if os.path.exists(self / name) and os.path.samefile(given, self / name)]
+            if same:
+                cure = "give another --proj_dir or --epoch_begin"
+                raise UserError(f"{same[0]} is an input of this run, which would write a file of that name; {cure}")
+        if anew:
+            kept = [n for n in self.files if any(os.path.exists(self / n) and os.path.samefile(g, self / n) for g in inputs)]
+            self.remove([name for name in self.files if name not in kept])
+        self.remove_half_written()
+        clash = [name for name in planned(config) if name not in self.files and os.path.lexists(self / name)]
+        if clash:
+            raise UserError(f"{self / clash[0]} exists and is not a file of a run in this folder; give another --proj_dir")
+        self.pids, self.finished = sorted({*self.pids, *pids}), False
+        self.save()
+
+    def finish(self) -> None:
+        self.finished = True
+        self.save()
+
+
+def inputs_of(config: TrainConfig) -> list[str]:
+    """The files that the user named as inputs, those that exist."""
+    named = [config.load_model, config.peft_checkpoint, config.peft_init, config.vocab_file, config.tokenizer, config.template]
+    if config.peft_checkpoint:
+        named.append(str(sidecar(config.peft_checkpoint)))
+    files = [path for path in named if path]
+    for data in (config.data_file, config.val_file):
+        for pattern in data.split(","):
+            names = [pattern, *(pattern + end for end in (".bin", ".idx", ".mask.bin", "_text_document.bin", "_text_document.idx"))]
+            files += [path for name in names if pattern for path in (glob.glob(name, recursive=True) or [name])]
+    return [path for path in files if os.path.isfile(path)]
+
+
+# ---------------------------------------------------------------- results
+
+
+def adapter_info(model: LanguageModel, data: Any, config: TrainConfig, step: int) -> dict[str, Any]:
+    """The sidecar: everything that the adapter's tensors do not say."""
+    return {
+        "method": config.peft,
+        "options": config.peft_options,
+        "parts": list(config.parts),
+        "train_parts": list(config.train_parts),
+        "step": step,
+        "base": {
+            "file": Path(config.load_model).name,
+            "fingerprint": model.fingerprint,
+            "version": model.version,
+            "sizes": dataclasses.asdict(model.sizes),
+        },
+        **({"quant": config.quant} if config.quant != "none" else {}),
+        **({"tokenizer": data.tokenizer.identity()} if data.tokenizer else {}),
+        **({"template": data.template.identity()} if data.template else {}),
+    }
+
+
+def save_result(
+    path: Path, trained: dict[str, Tensor], model: LanguageModel, data: Any, config: TrainConfig, step: int
+) -> None:
+    """The adapter (or the initial states) with its sidecar, or with --peft none the whole model."""
+    if config.peft == "none" and config.train_type != "state":
+        save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in trained.items()})
+    else:
+        save_adapter(path, trained, adapter_info(model, data, config, step))
