@@ -1,6 +1,7 @@
 """What the versions of RWKV have in common: blocks between an embedding and a head, token shift, the parts of their files."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.recompute import recomputed
+from ..ops.recurrence import Recurrence
 from .base import USUAL, Execution, LanguageModel, Sizes
 
 
@@ -84,7 +86,7 @@ def recomputed_block(block: Callable, x: Tensor, carry: Tensor | None, state: La
 
 
 class RWKV(LanguageModel):
-    """Blocks between `emb` and `head`. A version gives `Sizes`, `Block` and the names of its time mixing's parameters.
+    """Blocks between `emb` and `head`. A version gives `Sizes`, `Block`, `recurrence` and the names of its parameters.
 
     `Sizes` says by `time_state` whether the file has a trained initial state, and `block.att.add_initial_state()` makes one.
 
@@ -94,6 +96,7 @@ class RWKV(LanguageModel):
 
     Sizes: ClassVar[type[RWKVSizes]]
     Block: ClassVar[type[nn.Module]]
+    recurrence: ClassVar[Recurrence]
     targets = ("att", "ffn")
     full_parts = ("emb", "head", "time", "ln")
     capabilities = frozenset({"infctx", "state", "pack", "op"})
@@ -198,6 +201,15 @@ class RWKV(LanguageModel):
             f"{self.title}, {s.n_layer} layers, n_embd {s.n_embd}, dim_att {s.dim_att}, {s.n_head} heads of {s.head_size}, "
             f"dim_ffn {s.dim_ffn}, vocabulary {s.vocab_size}"
         )
+
+    def kernels(self, device: str, dtype: torch.dtype) -> str:
+        op = self.recurrence
+        return f"{op.name.upper()}: {op.describe(device, dtype, self.sizes.head_size, self.execution.op)}"
+
+    def cuda_extra_bytes(self, B: int, T: int) -> int:
+        r = torch.empty(B, T, self.sizes.n_head, self.sizes.head_size, dtype=self.dtype, device="meta")
+        saved = {device: math.prod(kernels.saved_shape(r)) for device, kernels in self.recurrence.kernels.items()}
+        return 4 * (saved["cuda"] - saved["cpu"])
 
     # ------------------------------------------------ files
 

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.recompute import recompute_in_backward
-from ..ops.wkv6 import cpu as wkv6_cpu
-from ..ops.wkv6 import cuda as wkv6_cuda
-from ..ops.wkv6 import describe, wkv6
+from ..ops.wkv6 import recurrence, wkv6
 from .base import WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
 
@@ -164,7 +162,7 @@ class RWKV6(RWKV):
     """An RWKV-6 language model; `LayerState.wkv` is indexed [key, value]."""
 
     version, title = "x060", "RWKV-6 (x060)"
-    Sizes, Block = RWKV6Sizes, Block
+    Sizes, Block, recurrence = RWKV6Sizes, Block, recurrence
     web_names = WebNames(
         renamed={"time_faaaa": "time_first", "time_maa": "time_mix"},
         transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state"),
@@ -176,13 +174,6 @@ class RWKV6(RWKV):
 
     def lr_multiplier(self, name: str) -> float:
         return 2.0 if name.endswith(".time_decay") else 1.0
-
-    def kernels(self, device: str, dtype: torch.dtype) -> str:
-        return f"WKV6: {describe(device, dtype, self.sizes.head_size, self.execution.op)}"
-
-    def cuda_extra_bytes(self, B: int, T: int) -> int:
-        r = torch.empty(B, T, self.sizes.n_head, self.sizes.head_size, dtype=self.dtype, device="meta")
-        return 4 * (math.prod(wkv6_cuda.saved_shape(r)) - math.prod(wkv6_cpu.saved_shape(r)))
 
     @classmethod
     def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKV6Sizes:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.recompute import recompute_in_backward
-from ..ops.wkv7 import describe, wkv7
+from ..ops.wkv7 import recurrence, wkv7
 from .base import WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
 
@@ -203,7 +203,7 @@ class RWKV7(RWKV):
     """An RWKV-7 language model; `LayerState.wkv` is indexed [value, key]."""
 
     version, title = "x070", "RWKV-7 (x070)"
-    Sizes, Block = RWKV7Sizes, Block
+    Sizes, Block, recurrence = RWKV7Sizes, Block, recurrence
     template = "g1"
     web_names = WebNames(renamed={}, transposed=tuple(f".att.{name}{i}" for name in RANKS for i in (1, 2)))
 
@@ -216,9 +216,6 @@ class RWKV7(RWKV):
 
     def describe(self) -> str:
         return f"{super().describe()}, LoRA ranks {', '.join(f'{name} {getattr(self.sizes, d)}' for name, d in RANKS.items())}"
-
-    def kernels(self, device: str, dtype: torch.dtype) -> str:
-        return f"WKV7: {describe(device, dtype, self.sizes.head_size, self.execution.op)}"
 
     @classmethod
     def sizes_of(cls, tensors: Mapping[str, Tensor], source: str) -> RWKV7Sizes:
