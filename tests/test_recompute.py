@@ -69,7 +69,7 @@ def test_a_layer_keeps_no_mixed_inputs(make_model, grad_cp):
     def step_of(layers: int):
         model = make_model(dtype=torch.float32, n_layer=layers, **sizes)
         inject(model, METHODS["bone"], METHODS["bone"].Config(8))
-        model.grad_cp = grad_cp
+        model = model.with_execution(grad_cp=grad_cp)
         idx = torch.randint(50, (1, T))
         return lambda: model.hidden(idx)[0].sum().backward()
 

@@ -251,12 +251,12 @@ def test_same_input_gives_the_same_bits():
 def test_op_is_a_good_citizen_of_torch():
     for T, save in ((5, True), (5, False), (20, True)):
         inputs = [x.requires_grad_(save) for x in make_inputs("normal", 1, T, 2, 4)[0]]
-        torch.library.opcheck(op._wkv6, (*inputs, save))
-        torch.library.opcheck(op._wkv6, (*inputs[:5], None, save))
+        torch.library.opcheck(op.recurrence.op, (*inputs, save))
+        torch.library.opcheck(op.recurrence.op, (*inputs[:5], None, save))
     inputs, gy, gfinal = make_inputs("normal", 1, 20, 2, 4)
     saved = wkv6_cpu.forward(*inputs, True)[2]
-    torch.library.opcheck(op._wkv6_backward, (*inputs[:5], saved, gy, gfinal))
-    torch.library.opcheck(op._wkv6_backward, (*inputs[:5], saved, gy, None))
+    torch.library.opcheck(op.recurrence.backward_op, (*inputs[:5], saved, gy, gfinal))
+    torch.library.opcheck(op.recurrence.backward_op, (*inputs[:5], saved, gy, None))
 
 
 @pytest.mark.parametrize("op", ["auto", "torch"])

@@ -40,7 +40,7 @@ def shim(libraries, monkeypatch):
     monkeypatch.setattr(wkv6_cuda, "library", library)
     monkeypatch.setattr(wkv6_cuda, "run", run)
     monkeypatch.setattr(wkv6_cuda, "multiprocessors", lambda device: 4)
-    monkeypatch.setattr(op, "_kernels", lambda device: wkv6_cuda)
+    monkeypatch.setitem(op.recurrence.kernels, "cpu", wkv6_cuda)
     return ran
 
 
@@ -95,7 +95,7 @@ def test_output_state_and_gradients_equal_the_reference(shim, dtype, w_dtype, N,
 @pytest.mark.parametrize("dtype, N", [(FP32, 8), (BF16, 64)])
 def test_the_registered_op_is_sound(shim, dtype, N):
     arguments = make_inputs(dtype, dtype, 20, N).values()
-    torch.library.opcheck(op._wkv6, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op.recurrence.op, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_tensors_in_the_middle_of_another_are_taken(shim):

@@ -66,8 +66,8 @@ def forward(
     if kernel == "chunk":
         saved = _float32(r, *(saved_shape(r, kernel) if save else (0,)))
         assert saved.nbytes in (0, lib.wkv7_chunk_checkpoint_bytes(B, T, H))
-        inputs = map(aligned, inputs)
-        run(lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H, *inputs, y, final_state, saved if save else None)
+        outputs = y, final_state, saved if save else None
+        run(lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H, *map(aligned, inputs), *outputs)
     else:
         saved = _float32(r, 0) if not save else r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
         sizes = (DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N)
@@ -78,20 +78,19 @@ def forward(
 def backward(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, reset: Tensor | None, saved: Tensor, gy: Tensor,
     gfinal: Tensor | None, kernel: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, log_w, k, v, a, b and state from those of y and of the final state."""
     B, T, H, N = r.shape
     kernel = kernel or choose(r.dtype, N)
     lib = library(kernel, r.device)
     grads = (*map(torch.empty_like, (r, log_w, k, v, a, b)), _float32(r, B, H, N, N))
     if kernel == "chunk":
-        inputs = map(aligned, (r, log_w, k, v, a, b, reset, saved, gy, gfinal))
-        run(lib.wkv7_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H, *inputs, *grads)
+        inputs = (r, log_w, k, v, a, b, reset, saved, gy, gfinal)
+        run(lib.wkv7_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H, *map(aligned, inputs), *grads)
     else:
         scratch = _float32(r, lib.wkv7_sequential_scratch(B, T, H, N) // 4)
         sizes = (DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N)
-        inputs = (r, log_w, k, v, a, b, saved, reset, gy, gfinal)
-        run(lib.wkv7_sequential_backward, r.device, *sizes, *inputs, *grads, scratch)
+        run(lib.wkv7_sequential_backward, r.device, *sizes, r, log_w, k, v, a, b, saved, reset, gy, gfinal, *grads, scratch)
     return grads
 
 
