@@ -9,6 +9,7 @@ pyrwkv-tokenizer takes for the same texts alone, on one thread: no conversion on
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -46,12 +47,16 @@ print("measured", time.perf_counter() - start, share)
 """
 
 
-def measure(program: str, folder: Path, *args, **environment) -> tuple[float, int]:
+def measure(program: str, folder: Path, *args, **environment) -> tuple[float, int, float]:
+    """Seconds, what the program prints last, CPU seconds (the ones to compare on a busy machine)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     argv = [sys.executable, "-c", program, *map(str, args)]
     done = subprocess.run(argv, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), **environment}, check=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
     seconds, number = done.stdout.split("measured")[1].split()
-    return float(seconds), int(number)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return float(seconds), int(number), cpu
 
 
 def main() -> None:
@@ -68,7 +73,7 @@ def main() -> None:
             file.writelines(content for _ in range(copies))
         rows, size = copies * content.count(b"\n"), copies * len(content) / 1e6
         lines = [f"{rows:,} rows, {size:.0f} MB of {args.data.name}; {os.cpu_count()} cores; {time.strftime('%Y-%m-%d')}"]
-        lines.append(f"{'':34}{'s':>8}{'rows/s':>12}{'MB/s':>8}{'peak MiB':>10}")
+        lines.append(f"{'':34}{'s':>8}{'rows/s':>12}{'MB/s':>8}{'CPU s':>8}{'peak MiB':>10}")
         versions = {"before": args.before.resolve()} if args.before else {}
         for label, root in (versions | {"now": ROOT}).items():
             for what, program, options in (
@@ -76,12 +81,13 @@ def main() -> None:
                 ("jsonl_to_binidx, 2 processes", CONVERT, (folder / f"{label}2", 2)),
                 ("open_documents and Samples", OPEN, ()),
             ):
-                seconds, peak = measure(program, root, path, *options)
-                lines.append(f"{label:7}{what:27}{seconds:8.1f}{rows / seconds:12,.0f}{size / seconds:8.1f}{peak / 1024:10.0f}")
+                seconds, peak, cpu = measure(program, root, path, *options)
+                lines.append(f"{label:7}{what:27}{seconds:8.1f}{rows / seconds:12,.0f}{size / seconds:8.1f}"
+                             f"{cpu:8.1f}{peak / 1024:10.0f}")  # fmt: skip
                 print(lines[-1], flush=True)
         for first in sorted(folder.glob("*1.*")):
             assert first.read_bytes() == (folder / f"now2{''.join(first.suffixes)}").read_bytes(), f"{first.name} differs"
-        seconds, share = measure(TOKENIZE, ROOT, path, RAYON_NUM_THREADS="1")
+        seconds, share, _ = measure(TOKENIZE, ROOT, path, RAYON_NUM_THREADS="1")
         lines.append(f"pyrwkv-tokenizer alone: {share / 1e6 / seconds:.1f} MB/s of jsonl on one thread")
     print("\n".join(lines))
     if args.out:

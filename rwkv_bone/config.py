@@ -53,7 +53,7 @@ class TrainConfig:
     """One training run. Each field is the flag `--name`; sizes of 0 mean "as the file has it", or the default of a new model."""
 
     load_model: str = flag("", "model", 'RWKV .pth to train; "" makes a new model of --n_layer, --n_embd, --vocab_size')
-    my_testing: str = flag("", "model", "model version; the file of --load_model says it, for a new model: x060", choices=("", *MODELS))
+    my_testing: str = flag("", "model", f"version of the model: {', '.join(MODELS)}; the file says it, a new one is the first")
     vocab_size: int = flag(0, "model", "vocabulary; checked against the file")
     n_layer: int = flag(0, "model", "layers; checked against the file")
     n_embd: int = flag(0, "model", "embedding size; checked against the file")
@@ -93,7 +93,7 @@ class TrainConfig:
     val_split: float = flag(0.0, "data", "or the share of data_file's documents to hold out, spread evenly over it")
 
     peft: str = flag("bone", "method", f"{', '.join(METHODS)}, or none: the whole model trains")
-    parts: tuple[str, ...] = flag((), "method", "layers that get an adapter: att, ffn, att.key, ...; default: the model's projections")
+    parts: tuple[str, ...] = flag((), "method", "layers that get an adapter: att, ffn, att.key, ...; default: all projections")
     train_parts: tuple[str, ...] = flag((), "method", "parts trained in full beside it: emb, head, time, ln")
     peft_checkpoint: str = flag("", "method", "adapter .pth to start from")
     peft_init: str = flag("", "method", "with a PiSSA of RWKV-PEFT as --peft_checkpoint: its file of A and B as they started")
@@ -178,6 +178,8 @@ class TrainConfig:
             raise UserError(f"--resume takes auto, not {self.resume!r}")
         if self.devices != "auto" and not re.fullmatch(r"[1-9][0-9]{0,5}", self.devices):
             raise UserError(f"--devices takes a number of devices or auto, not {self.devices!r}")
+        if self.my_testing not in ("", *MODELS):
+            raise UserError(f"--my_testing {self.my_testing}: unknown version; there are {', '.join(MODELS)}")
         if self.layerwise_lr not in (0, 1):
             raise UserError(f"--layerwise_lr takes 0 or 1, not {self.layerwise_lr}")
         if self.quant != "none" and self.peft == self.train_type == "none":

@@ -32,9 +32,12 @@ REQUIRED = {
     "deepspeed": (">=0.16", "--strategy deepspeed_*", False),
     "ninja": ("", "building the kernels", False),
     "tokenizers": ("", "vocabularies of a tokenizer.json", False),
+    "pyrwkv-tokenizer": ("", "the World vocabulary", False),
+    "jinja2": ("", "chat templates", True),
+    "tqdm": ("", "progress bars", True),
 }
 OPTIONAL = {
-    "pyrwkv-tokenizer": "the World vocabulary, and reading text fast",
+    "pyarrow": "reading .parquet",
     "matplotlib": "pictures of runs",
     "bitsandbytes": "--quant nf4",
 }

@@ -39,13 +39,16 @@ def tiny(data) -> Path:
 
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_embd": 24, "dim_att": 16, "dim_ffn": 40, "head_size": 8}
-RANKS = {"x060": {"d_mix_lora": 4, "d_decay_lora": 6}}
+SMALL_OF = {
+    "x060": {"d_mix_lora": 4, "d_decay_lora": 6},
+    "x070": {"dim_att": 24, "d_decay_lora": 3, "d_aaa_lora": 4, "d_mv_lora": 5, "d_gate_lora": 6},
+}
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, version: str = "x060", **sizes) -> LanguageModel:
     """A new model in which no parameter is zero, so that every path counts."""
     kind = MODELS[version]
-    model = kind(kind.Sizes(**{**SMALL, **RANKS[version], **sizes})).initialise(seed).to(dtype)
+    model = kind(kind.Sizes(**{**SMALL, **SMALL_OF[version], **sizes})).initialise(seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,3 +59,9 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, version: str 
 @pytest.fixture
 def make_model():
     return small_model
+
+
+@pytest.fixture(params=SMALL_OF)
+def version(request) -> str:
+    """Each version of RWKV."""
+    return request.param

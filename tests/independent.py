@@ -1,15 +1,45 @@
 """Programs that are not ours, as judges."""
 
+import functools
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 
-@torch.no_grad()
+def rwkv_package(path: Path, tokens: list[int], wkv: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits (T, V) in float32 and the state after them, from the `rwkv` package; `wkv`: each layer's state to begin with.
+
+    It computes ln0(emb) in the file's dtype: give it a float32 file.
+    """
+    v7 = any(name.endswith(".att.r_k") for name in torch.load(path, mmap=True, weights_only=True))
+    return _process(v7).submit(_run, path.with_suffix(""), tokens, wkv).result()
+
+
 def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:
-    """(T, V) in float32, from the `rwkv` package. It computes ln0(emb) in the file's dtype: give it a float32 file."""
-    os.environ.update(RWKV_V7_ON="0", RWKV_CUDA_ON="0", RWKV_JIT_ON="0")  # read by the package as it is imported
+    return rwkv_package(path, tokens)[0]
+
+
+@functools.cache
+def _process(v7: bool) -> ProcessPoolExecutor:
+    """A process of its own for each version: the package reads its settings as it is imported."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _settings, (v7,))
+
+
+def _settings(v7: bool) -> None:
+    os.environ.update(RWKV_V7_ON=str(int(v7)), RWKV_CUDA_ON="0", RWKV_JIT_ON="0")
+
+
+@torch.no_grad()
+def _run(path: Path, tokens: list[int], wkv: list[torch.Tensor] | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     from rwkv.model import RWKV
 
-    return RWKV(model=str(path.with_suffix("")), strategy="cpu fp32").forward(tokens, None, full_output=True)[0]
+    model = RWKV(model=str(path), strategy="cpu fp32")
+    state = None
+    if wkv is not None:
+        state = model.generate_zero_state() if hasattr(model, "generate_zero_state") else model.forward(tokens[:1], None)[1]
+        state = [wkv[i // 3] if i % 3 == 1 else torch.zeros_like(layer) for i, layer in enumerate(state)]
+    logits, state = model.forward(tokens, state, full_output=True)
+    return logits.clone(), [layer.clone() for layer in state]

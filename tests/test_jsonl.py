@@ -409,3 +409,19 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
         progress.close()
     assert "100 documents" in bar.text and bar.text.count("\n") == 1
     assert "\r" not in plain.text and 2 <= plain.text.count("\n") <= 5 and "50%, 50 documents" in plain.text
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.jsonl", LINES * 9), ("x.json", json.dumps(PAIRS * 9)), ("x.csv", COLUMNS + "4,q,a\r\n" * 99), ("x.parquet", None)])
+def test_reading_goes_on_at_the_end_of_any_batch(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(files, "BATCH_BYTES", 100)
+    path = tmp_path / name
+    parquet(path) if content is None else path.write_text(content, newline="")
+
+    def read(start=files.BEGINNING):
+        return [(batch.end, list(batch.rows())) for batch in files.read_batches([str(path)], start=start)]
+
+    whole = read()
+    assert len(whole) > 1 or content is None
+    for number, (end, _) in enumerate(whole, 1):
+        assert [row for _, rows in read(end) for row in rows] == [row for _, rows in whole[number:] for row in rows]

@@ -93,7 +93,8 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
             for step in data.steps(0, 1, config.random_seed, 0, data.steps_per_epoch(1) * config.epoch_count):
                 micro = [{name: tensor.to(device) for name, tensor in m.items()} for m in step]
                 weights = [int(objective.count(m)) for m in micro]
-                losses.append(sum(float(mean_loss(model, objective, m)) * n for m, n in zip(micro, weights)) / max(sum(weights), 1))
+                nats = sum(float(mean_loss(model, objective, m)) * n for m, n in zip(micro, weights))
+                losses.append(nats / max(sum(weights), 1))
                 tokens.append(sum(weights))
     else:
         config = adapt(model, data, objective, config, engine)

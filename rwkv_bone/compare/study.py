@@ -100,7 +100,8 @@ class Study:
 
     def count_epochs(self, shared: TrainConfig) -> int:
         """The fewest epochs of equal length that make up the steps."""
-        steps, there = self.comparison.steps, TrainingData.of_documents(self.documents, replace(shared, epoch_steps=0)).steps_per_epoch(1)
+        steps, data = self.comparison.steps, TrainingData.of_documents(self.documents, replace(shared, epoch_steps=0))
+        there = data.steps_per_epoch(1)
         return next(n for n in range(1, steps + 1) if steps % n == 0 and steps // n <= there)
 
     def config(self, run: Run) -> TrainConfig:

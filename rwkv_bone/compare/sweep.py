@@ -19,7 +19,8 @@ from .comparison import Comparison, Entry, Run
 
 def projection_shapes(model: nn.Module, parts: Iterable[str] | None) -> Counter[tuple[int, int]]:
     """Shapes (out, in) of the projections that get an adapter, and how many have each."""
-    return Counter(tuple(model.get_parameter(f"{name}.weight").shape) for name in projections(model, parts))
+    shapes = (model.get_parameter(f"{name}.weight").shape for name in projections(model, parts))
+    return Counter((out, in_) for out, in_ in shapes)
 
 
 def trained_parameters(shapes: Mapping[tuple[int, int], int], method: str, options: Mapping[str, Any]) -> int:

@@ -144,7 +144,8 @@ class TimeMix(nn.Module):
             residual = () if v_first is None else (v, v_first, xv @ self.v1)
         if wkv is None and hasattr(self, "time_state"):
             wkv = self.time_state.to(torch.promote_types(x.dtype, torch.float32)).expand(B, H, N, N).contiguous()
-        with recompute_in_backward(self.operands, r, k, w, a, *residual, trained=own) as (log_w, k, minus_kk, kk_a, bonus, *mixed):
+        with recompute_in_backward(self.operands, r, k, w, a, *residual, trained=own) as operands:
+            log_w, k, minus_kk, kk_a, bonus, *mixed = operands
             if v_first is None:
                 v_first, mixed = v, [v.view(B, T, H, N)]
             (v,) = mixed

@@ -59,6 +59,7 @@ class AdapterLinear(nn.Module):
     autocast dtype, as `nn.Linear` does.
     """
 
+    bias: nn.Parameter | None
     formula: ClassVar[str]  # what the method computes, in one line
     starts_from_gradient: ClassVar[bool] = False  # whether `start` needs the gradient of the loss by the weight
 
@@ -145,7 +146,7 @@ class AdapterLinear(nn.Module):
 
 
 def dense(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """A base weight as a tensor (out, in) of `dtype` or its own: itself, or what a quantised one stands for, made at each call."""
+    """A base weight as a tensor (out, in) of `dtype` or its own: itself, or what a quantised one stands for, made anew."""
     w = weight if isinstance(weight, Tensor) else weight.dense()
     return w if dtype is None or w.dtype == dtype else w.to(dtype)
 
@@ -221,7 +222,8 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put a started adapter on every linear layer within `parts` (see `projections`); return their names.
 
-    start=False leaves zeros, for values that come from elsewhere. A method that `starts_from_gradient` changes nothing and cannot learn until `start_from_gradients` has started it.
+    start=False leaves zeros, for values that come from elsewhere. A method that `starts_from_gradient` changes nothing and cannot
+    learn until `start_from_gradients` has started it.
     """
     names = projections(model, parts)
     for layer in attach(model, method, config, names):

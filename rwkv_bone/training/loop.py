@@ -95,7 +95,8 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
         resume.set_random_state(own["random"])
     elif engine.rank:  # each device drops other units
         torch.manual_seed(seed + engine.rank)
-    restored = run = None
+    del restored  # tensors of the checkpoint
+    run = {}
     model.train()
 
     def save_checkpoint() -> None:
@@ -172,7 +173,7 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
                 if logs:
                     logs.epoch(record, epoch_loss / epoch_trained if epoch_trained else math.nan)
                 epoch_loss = epoch_trained = 0.0
-                if ended or result_due(config, epoch):  # before the checkpoint: it is smaller, and what a full disk may still hold
+                if ended or result_due(config, epoch):  # before the checkpoint: a full disk may still hold it
                     save_adapter(f"rwkv-{epoch}.pth")
             due = config.save_every_steps and step % config.save_every_steps == 0
             stopped = stop > 0 and not ended

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..models import LanguageModel
 from ..peft import AdapterLinear, adapters
 
 Groups = list[dict[str, Any]]
@@ -72,7 +73,7 @@ class MasterWeights:
         self.inner.load_state_dict({key: value for key, value in state.items() if key != "masters"})
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> Groups:
+def parameter_groups(model: LanguageModel, config: TrainConfig) -> Groups:
     """Groups of equal learning rate, decay and dtype. Each holds `lr_multiplier`, by which the schedule's rate is multiplied.
 
     Adapters: the method's multipliers (LoRA+), decay on matrices. Parameters of the base: the model's own rules, the multipliers
@@ -101,7 +102,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> Groups:
     ]
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig, masters: bool = True) -> Any:
+def make_optimiser(model: LanguageModel, config: TrainConfig, masters: bool = True) -> Any:
     """`masters`: keep float32 copies of bf16 parameters (an engine that does so itself must not get them)."""
     groups, entry = parameter_groups(model, config), OPTIMISERS[config.optim]
     if masters:

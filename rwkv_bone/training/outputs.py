@@ -130,7 +130,8 @@ def inputs_of(config: TrainConfig) -> list[str]:
     files = [path for path in named if path]
     for data in (config.data_file, config.val_file):
         for pattern in data.split(","):
-            names = [pattern, *(pattern + end for end in (".bin", ".idx", ".mask.bin", "_text_document.bin", "_text_document.idx"))]
+            ends = ("", ".bin", ".idx", ".mask.bin", "_text_document.bin", "_text_document.idx")
+            names = [pattern + end for end in ends]
             files += [path for name in names if pattern for path in (glob.glob(name, recursive=True) or [name])]
     return [path for path in files if os.path.isfile(path)]
 

@@ -18,6 +18,7 @@ from ..peft.quant import quantise_model
 from .loader import TrainingData
 from .loop import fit
 from .objectives import OBJECTIVES, Objective, mean_loss
+from .optimiser import OPTIMISERS
 from .show import show_batch
 from .strategies import Engine, device_type, make_engine
 from .summary import base_dtype
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None, deepspeed: type | None = None) -> int:
         torch.set_num_threads(config.threads)
     if config.random_seed >= 0:
         torch.manual_seed(config.random_seed)
+    for name, known in (("objective", OBJECTIVES), ("optim", OPTIMISERS)):
+        if getattr(config, name) not in known:
+            raise UserError(f"--{name} {getattr(config, name)}: unknown; there are {', '.join(known)}")
     engine = make_engine(config, deepspeed)
     model = make_model(config)
     objective = OBJECTIVES[config.objective](config)

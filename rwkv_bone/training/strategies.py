@@ -73,7 +73,7 @@ class Engine:
 
     def setup(self, module: nn.Module, make_optimiser: Callable[[bool], torch.optim.Optimizer]) -> None:
         """Take a module with the attribute `model` into use. `make_optimiser(masters)`: see optimiser.py."""
-        self.module, self.model = module.to(self.device), module.model
+        self.module, self.model = module.to(self.device), module.get_submodule("model")
         self.optimiser = make_optimiser(True)
 
     # ------------------------------------------------ one step
@@ -146,7 +146,7 @@ class DDPEngine(Engine):
         self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
 
     def setup(self, module, make_optimiser) -> None:
-        self.model = module.model
+        self.model = module.get_submodule("model")
         self.module = self.fabric.setup(module)
         self.optimiser = make_optimiser(True)
 
@@ -198,7 +198,7 @@ class DeepSpeedEngine(DDPEngine):
         )
 
     def setup(self, module, make_optimiser) -> None:
-        self.model = module.model
+        self.model = module.get_submodule("model")
         self.module, _ = self.fabric.setup(module, make_optimiser(False))
         self.optimiser = self.deepspeed.optimizer
 
