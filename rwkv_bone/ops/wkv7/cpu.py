@@ -25,7 +25,13 @@ def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
+    check_head(N)
     return kernels.describe("portable" if dtype == torch.float64 else None)  # float64 has portable kernels only
+
+
+def check_head(N: int) -> None:
+    if N > 128:
+        raise ValueError(f"wkv7: the CPU kernel takes heads of up to 128 channels, not {N}; use op='torch'")
 
 
 def saved_shape(r: Tensor) -> tuple[int, ...]:
@@ -40,6 +46,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states that backward needs (empty unless `save`)."""
     B, T, H, N = r.shape
+    check_head(N)
     y = new(r.shape, r.dtype)
     state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     final_state = new((B, H, N, N), state_dtype)
