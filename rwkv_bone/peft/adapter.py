@@ -276,7 +276,7 @@ def merge(model: nn.Module) -> None:
         out, in_ = weight.shape
         linear = nn.Linear(in_, out, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = layer.bias
+        linear.bias = layer.bias  # type: ignore[assignment]  # None is what nn.Linear has without one
         model.set_submodule(name, linear)
 
 
