@@ -57,7 +57,7 @@ def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    execution: Execution = Execution(),
+    execution: Execution = Execution(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
     """The model of a file, strictly: each tensor goes straight from the mapped file to its place, in `dtype` if given.
 
