@@ -315,6 +315,44 @@ def test_a_state_tuned_adapter_adds_its_tensors_in_the_models_order(base, tmp_pa
     assert (tmp_path / "s_m.pth").read_bytes() == (tmp_path / "foreign_m.pth").read_bytes()
 
 
+@torch.no_grad()
+def test_states_are_written_alone_in_the_form_that_other_programs_read(base, tmp_path, capsys):
+    """As a .pth for the rwkv package, by the recipe of its chats; as a .st with the last two dimensions swapped, as web-rwkv's
+    converter has it; each of them is read back as the same adapter."""
+    from safetensors.torch import load_file
+
+    states = {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8).half().float() for i in (0, 1)}
+    base_info = {"fingerprint": fingerprint(open_tensors(base))}
+    save_adapter(tmp_path / "s.pth", states, {"method": "none", "options": {}, "base": base_info})
+    argv = ["--base_model", base, "--peft_checkpoint", tmp_path / "s.pth"]
+    for name in ("alone.pth", "alone.st"):
+        run(*argv, "--as", "state", "--output", tmp_path / name)
+    run(*argv, "--output", tmp_path / "m.pth", "--verify")
+    assert "initial state" in capsys.readouterr().out
+    run(*argv, "--output", tmp_path / "m.st")
+    alone, web, inside = (load_file(tmp_path / "alone.st"), torch.load(tmp_path / "alone.pth"), load_file(tmp_path / "m.st"))
+    for name, state in states.items():
+        assert alone[name].equal(state.half().transpose(1, 2))
+        assert inside[name].equal(state.half().transpose(1, 2))
+        assert web[name].equal(state)
+        assert open_model(tmp_path / "m.st").tensors[name].equal(state.half())
+    for name in ("alone.pth", "alone.st"):
+        run("--base_model", base, "--state_checkpoint", tmp_path / name, "--output", tmp_path / f"{name}_m.pth")
+        assert (tmp_path / f"{name}_m.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
+    with pytest.raises(UserError, match="holds no trained initial state"):
+        run("--base_model", base, "--as", "state", "--output", tmp_path / "none.pth")
+
+
+def test_an_adapter_with_nan_is_refused_as_a_lora(base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, "bone", parts=())
+    tensors, info = read_adapter(tmp_path / "a.pth")
+    tensors["blocks.1.att.key.bone"][0, 0, 0] = float("nan")
+    save_adapter(tmp_path / "n.pth", tensors, info)
+    with pytest.raises(UserError, match=r"n\.pth: the update of blocks\.1\.att\.key holds NaN"):
+        run("--base_model", base, "--peft_checkpoint", tmp_path / "n.pth", "--as", "lora", "--output", tmp_path / "l.pth")
+    assert not (tmp_path / "l.pth").exists()
+
+
 # ---------------------------------------------------------------- RWKV-PEFT's adapters
 
 

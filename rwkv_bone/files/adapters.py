@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import UserError
@@ -74,7 +74,7 @@ class Adapter:
     """
 
     def __init__(self, path: str | Path, kind: type[LanguageModel], sizes: Any, foreign: Foreign = UNAIDED):
-        self.path, self.kind = Path(path), kind
+        self.path, self.kind, self.sizes = Path(path), kind, sizes
         tensors, self.info = read_adapter(path, foreign, kind.web_names)
         self.method, self.config = method_of(self.info, path)
         shapes = kind.shapes(sizes, initial_state="state" in kind.capabilities)
@@ -103,7 +103,9 @@ class Adapter:
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor must find its place in the model, and have the shape that is wanted there."""
-        odd = [layer for layer in self.layers if self.method is None or len(shapes.get(f"{layer}.weight", ())) != 2]
+        with torch.device("meta"):
+            linears = {name for name, module in self.kind(self.sizes).named_modules() if isinstance(module, nn.Linear)}
+        odd = [layer for layer in self.layers if self.method is None or layer not in linears]
         if odd:
             names = [name for name in tensors if name.rpartition(".")[0] in odd]
             raise UserError(f"{self.path}: {len(names)} tensors that this model has no place for ({', '.join(names[:3])})")
