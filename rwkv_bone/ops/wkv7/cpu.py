@@ -25,7 +25,13 @@ def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
+    check_head(N)
     return kernels.describe("portable" if dtype == torch.float64 else None)  # float64 has portable kernels only
+
+
+def check_head(N: int) -> None:
+    if N > 128:
+        raise ValueError(f"wkv7: the CPU kernel takes heads of up to 128 channels, not {N}; use op='torch'")
 
 
 def saved_shape(r: Tensor) -> tuple[int, ...]:
