@@ -190,28 +190,41 @@ def compilers() -> Iterator[Finding]:
 
 
 def relative_errors(op: str, device: str, dtype, N: int = 64) -> dict[str, float]:
-    """Relative L2 errors of a kernel's output, final state and gradients against the definition in float64."""
+    """Relative L2 errors of WKV6's and WKV7's outputs, final states and gradients against the definitions in float64."""
     import torch
+    from torch.nn.functional import normalize
 
-    from .ops.wkv6 import wkv6, wkv6_reference
+    from .ops import wkv6, wkv7
 
     B, T, H = 1, 70, 2
     generator = torch.Generator().manual_seed(0)
-    r, k, v = (torch.randn(B, T, H, N, generator=generator).to(dtype) for _ in range(3))
-    log_w = -torch.exp(torch.randn(B, T, H, N, generator=generator) - 2)
-    u, state = torch.randn(H, N, generator=generator), torch.randn(B, H, N, N, generator=generator)
-    results = []
-    cases: list[tuple[Callable, str, torch.dtype | None]]
-    cases = [(wkv6_reference, "cpu", torch.float64), (partial(wkv6, op=op), device, None)]
-    for function, place, number in cases:
-        inputs = [x.detach().to(place, number or x.dtype, copy=True).requires_grad_() for x in (r, k, v, log_w, u, state)]
-        y, final = function(*inputs)
-        # gradients that weigh the outputs, the same in both
-        weight = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
-        total = (y * weight).sum() + (final * torch.linspace(-1, 1, final.numel()).view(final.shape).to(final)).sum()
-        results.append([x.detach().double().cpu() for x in (y, final, *torch.autograd.grad(total, inputs))])
-    names = ("y", "final state", *(f"gradient of {name}" for name in ("r", "k", "v", "log_w", "u", "state")))
-    return {name: float((a - b).norm() / a.norm()) for name, a, b in zip(names, *results)}
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    r, k, v, a = (random(B, T, H, N).to(dtype) for _ in range(4))
+    log_w, gate, state = -torch.exp(random(B, T, H, N) - 2), random(B, T, H, N).sigmoid(), random(B, H, N, N)
+    a = normalize(a.float(), dim=-1)
+    cases: list[tuple[str, Callable, Callable, dict[str, torch.Tensor]]]
+    cases = [
+        ("WKV6", wkv6.wkv6_reference, wkv6.wkv6, {"r": r, "k": k, "v": v, "log_w": log_w, "u": random(H, N), "state": state}),
+        ("WKV7", wkv7.wkv7_reference, wkv7.wkv7, {
+            "r": r, "log_w": log_w.clamp(min=-0.6), "k": k, "v": v, "a": -a.to(dtype), "b": (a * gate).to(dtype), "state": state,
+        }),
+    ]  # fmt: skip
+    errors = {}
+    for name, definition, function, inputs in cases:
+        results = []
+        for f, place, number in ((definition, "cpu", torch.float64), (partial(function, op=op), device, None)):
+            leaves = {n: x.detach().to(place, number or x.dtype, copy=True).requires_grad_() for n, x in inputs.items()}
+            y, final = f(**leaves)
+            # gradients that weigh the outputs, the same in both
+            weights = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x) for x in (y, final)]
+            gradients = torch.autograd.grad((y, final), list(leaves.values()), weights)
+            results.append([x.detach().double().cpu() for x in (y, final, *gradients)])
+        for what, wanted, found in zip(("y", "final state", *(f"gradient of {n}" for n in inputs)), *results):
+            errors[f"{name}'s {what}"] = float((wanted - found).norm() / wanted.norm())
+    return errors
 
 
 def kernel_cases() -> list[tuple[str, str, str, float]]:

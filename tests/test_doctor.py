@@ -12,7 +12,7 @@ import torch
 
 from rwkv_bone import doctor
 from rwkv_bone.errors import UserError, run
-from rwkv_bone.ops import build, wkv6
+from rwkv_bone.ops import build, wkv6, wkv7
 from rwkv_bone.ops.float32 import onednn_is_right
 
 ROOT = Path(doctor.__file__).resolve().parents[1]
@@ -98,17 +98,18 @@ def test_without_a_compiler_the_kernel_is_a_note_and_training_can_work(tmp_path)
 # ---------------------------------------------------------------- kernels
 
 
-def test_a_kernel_that_is_a_little_wrong_is_found(monkeypatch):
+@pytest.mark.parametrize("module", [wkv6, wkv7], ids=["wkv6", "wkv7"])
+def test_a_kernel_that_is_a_little_wrong_is_found(module, monkeypatch):
     right = doctor.relative_errors("torch", "cpu", torch.float32, N=16)
-    assert max(right.values()) < 1e-5 and len(right) == 8
+    assert max(right.values()) < 1e-5 and len(right) == 8 + 9
+    name = module.recurrence.name
 
-    def wrong(r, k, v, log_w, u, state, op):
-        y, final = wkv6.wkv6_reference(r, k, v, 1.01 * log_w, u, state)
-        return y, final
+    def wrong(log_w, op, **others):
+        return module.recurrence.reference(log_w=1.01 * log_w, **others)
 
-    monkeypatch.setattr(wkv6, "wkv6", wrong)
+    monkeypatch.setattr(module, name, wrong)
     found = doctor.relative_errors("torch", "cpu", torch.float32, N=16)
-    assert min(found["y"], found["final state"], found["gradient of log_w"]) > 1e-3
+    assert all(found[f"{name.upper()}'s {what}"] > 1e-4 for what in ("y", "final state", "gradient of log_w"))
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])

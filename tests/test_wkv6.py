@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from rwkv_bone.ops import cpu
-from rwkv_bone.ops import wkv6 as op
 from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
-from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
-from rwkv_bone.terminal import counted
+from rwkv_bone.ops.wkv6 import wkv6, wkv6_reference
 
 NAMES = ("r", "k", "v", "log_w", "u", "state")
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -172,69 +170,6 @@ def test_definition_equals_the_recurrence_of_flash_linear_attention():
         assert_close(gradients(wkv6, inputs, gy, gfinal), want, 1e-6)
 
 
-@pytest.mark.parametrize("form", ["reference", "torch", "cpu"])
-def test_parts_with_carried_state_equal_the_whole(form):
-    """In output and every gradient, the state's gradient flowing back from part to part: what long contexts rest on."""
-    function = wkv6_reference if form == "reference" else functools.partial(wkv6, op=form)
-    dtype, tolerance = (FP64, 1e-14) if form == "reference" else (FP32, 1e-6)
-
-    def in_parts(r, k, v, log_w, u, state):
-        ys = []
-        for part in (slice(0, 1), slice(1, 40), slice(40, 56), slice(56, 150)):
-            y, state = function(*(x[:, part].contiguous() for x in (r, k, v, log_w)), u, state)
-            ys.append(y)
-        return torch.cat(ys, 1), state
-
-    inputs, gy, gfinal = make_inputs("normal", 2, 150, 2, 16)
-    inputs, gy, gfinal = [x.to(dtype) for x in inputs], gy.to(dtype), gfinal.to(dtype)
-    assert_close(gradients(in_parts, inputs, gy, gfinal), truth("normal", 2, 150, 2, 16), tolerance)
-
-
-@pytest.mark.parametrize("function", [wkv6_reference, wkv6_chunked, wkv6], ids=lambda f: f.__name__)
-def test_gradients_equal_finite_differences(function):
-    inputs = [x.double().requires_grad_() for x in make_inputs("normal", 1, 18, 2, 3)[0]]
-    assert torch.autograd.gradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("op", ["torch", "cpu"])
-def test_no_state_is_a_state_of_zeros(op):
-    for T in (1, 30):
-        inputs, gy, gfinal = make_inputs("normal", 2, T, 2, 12)
-        zeros = [*inputs[:5], torch.zeros_like(inputs[5])]
-        want = gradients(functools.partial(wkv6, op=op), zeros, gy, gfinal)
-        got = gradients(lambda *five: wkv6(*five, op=op), inputs[:5], gy, gfinal)
-        for a, b in zip(got, want[:-1], strict=True):
-            assert torch.equal(a, b)
-
-
-def test_gradients_flow_from_either_result_alone():
-    inputs, gy, gfinal = make_inputs("normal", 1, 20, 2, 8)
-    both = gradients(wkv6, inputs, gy, gfinal)[2:]
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    from_y = torch.autograd.grad(wkv6(*leaves)[0], leaves, gy)
-    from_state = torch.autograd.grad(wkv6(*leaves)[1], leaves, gfinal, allow_unused=True)
-    for name, a, b, c in zip(NAMES, from_y, from_state, both, strict=True):
-        torch.testing.assert_close(a + b, c, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_only_wanted_gradients_are_given():
-    inputs, gy, _ = make_inputs("normal", 1, 20, 2, 8)
-    r = inputs[0].clone().requires_grad_()
-    y, _ = wkv6(r, *inputs[1:])
-    y.backward(gy)
-    assert r.grad is not None and all(x.grad is None for x in inputs)
-
-
-def test_without_gradients_nothing_is_saved_and_the_result_is_the_same():
-    for T in (1, 40):
-        inputs, _, _ = make_inputs("normal", 1, T, 2, 16)
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        y, final_state = wkv6(*leaves)
-        for plain in (wkv6(*inputs), torch.no_grad()(wkv6)(*leaves)):
-            assert plain[0].grad_fn is None and torch.equal(plain[0], y) and torch.equal(plain[1], final_state)
-        assert wkv6_cpu.forward(*inputs, False)[2].numel() == 0
-
-
 def test_inputs_at_odd_addresses_are_read_right():
     inputs, gy, gfinal = make_inputs("normal", 1, 50, 2, 16)
     odd = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in inputs]
@@ -246,73 +181,3 @@ def test_same_input_gives_the_same_bits():
     inputs, gy, gfinal = make_inputs("normal", 2, 200, 3, 16)
     first, second = (run(wkv6_cpu.kernels.variants[-1], inputs, gy, gfinal, threads=2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-def test_op_is_a_good_citizen_of_torch():
-    for T, save in ((5, True), (5, False), (20, True)):
-        inputs = [x.requires_grad_(save) for x in make_inputs("normal", 1, T, 2, 4)[0]]
-        torch.library.opcheck(op.recurrence.op, (*inputs, save))
-        torch.library.opcheck(op.recurrence.op, (*inputs[:5], None, save))
-    inputs, gy, gfinal = make_inputs("normal", 1, 20, 2, 4)
-    saved = wkv6_cpu.forward(*inputs, True)[2]
-    torch.library.opcheck(op.recurrence.backward_op, (*inputs[:5], saved, gy, gfinal))
-    torch.library.opcheck(op.recurrence.backward_op, (*inputs[:5], saved, gy, None))
-
-
-@pytest.mark.parametrize("op", ["auto", "torch"])
-def test_compiles_to_one_graph_with_its_neighbours(op):
-    def block(r, k, v, ww, u, state):
-        y, state = wkv6(2 * r, k, v, -torch.exp(ww), u, state, op)
-        return torch.tanh(y), state
-
-    inputs, gy, gfinal = make_inputs("normal", 1, 20, 2, 8)
-    inputs[3].copy_(torch.randn(inputs[3].shape))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")  # raises at a break
-    for a, b in zip(gradients(compiled, inputs, gy, gfinal), gradients(block, inputs, gy, gfinal), strict=True):
-        torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs), block(*inputs))
-
-
-def test_says_what_it_chose():
-    threads = counted(torch.get_num_threads(), "thread")
-    assert describe("cpu", FP32, 64) == f"C++ kernel, {wkv6_cpu.kernels.variants[-1]}, {threads}"
-    assert describe("cuda", BF16, 64) == "CUDA kernel, chunk"
-    assert describe("cpu", FP32, 64, op="torch") == "chunked, in plain torch"
-
-
-def test_refuses_an_instruction_set_that_the_machine_lacks(monkeypatch):
-    monkeypatch.setattr(wkv6_cpu.kernels, "variants", ["portable"])
-    with pytest.raises(ValueError, match="has no avx512: choose among portable"):
-        wkv6_cpu.forward(*make_inputs("normal", 1, 5, 1, 8)[0], False, "avx512")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"r": torch.ones(2, 3, 4)}, r"r must have shape \(B, T, H, N\), none of them 0, not \(2, 3, 4\)"),
-        ({"r": torch.ones(1, 0, 2, 4)}, r"r must have shape .* not \(1, 0, 2, 4\)"),
-        ({"k": torch.ones(1, 6, 2, 4)}, r"k must have shape \(1, 5, 2, 4\) as r has, not \(1, 6, 2, 4\)"),
-        ({"u": torch.ones(8)}, r"u must have shape \(2, 4\) as r has, not \(8,\)"),
-        ({"state": torch.ones(2, 2, 4, 4)}, r"state must have shape \(1, 2, 4, 4\) as r has, not \(2, 2, 4, 4\)"),
-        ({"r": torch.ones(1, 5, 2, 4).half()}, r"r must be float32, bfloat16 or float64, not torch.float16"),
-        ({"v": torch.ones(1, 5, 2, 4).double()}, r"v must be torch.float32 as r is, not torch.float64"),
-        ({"log_w": torch.zeros(1, 5, 2, 4).bfloat16()}, r"log_w must be torch.float32 as r is.*not torch.bfloat16"),
-        ({"u": torch.ones(2, 4).long()}, r"u must be floating-point, not torch.int64"),
-        ({"k": torch.ones(1, 5, 4, 2).mT}, r"k must be contiguous, and has strides .*; call .contiguous\(\)"),
-        ({"state": torch.ones(1, 2, 4, 4).mT}, r"state must be contiguous, and has strides"),
-        ({"v": torch.ones(1, 5, 2, 4, device="meta")}, r"v must be on cpu as r is, not on meta"),
-        ({"op": "cuda"}, r"op='cuda' takes tensors on cuda, and r is on cpu"),
-        ({"op": "fast"}, r"op must be one of auto, torch, cpu, cuda, not 'fast'"),
-    ],
-)
-def test_bad_input_is_refused_by_name(changes, message):
-    good = dict(zip(NAMES, make_inputs("normal", 1, 5, 2, 4)[0]))
-    with pytest.raises(ValueError, match=f"wkv6: {message}"):
-        wkv6(**{**good, **changes})
-
-
-def test_a_device_without_a_kernel_is_told_of_op_torch():
-    inputs = [x.to("meta") for x in make_inputs("normal", 1, 5, 2, 4)[0]]
-    with pytest.raises(ValueError, match="no kernel for meta; use op='torch'"):
-        wkv6(*inputs)

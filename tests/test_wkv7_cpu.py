@@ -178,6 +178,6 @@ def test_half_the_tokens_and_the_state_give_the_whole():
 
 
 def test_threads_of_our_own_where_torch_has_another_kind(monkeypatch):
-    monkeypatch.setattr(cpu, "torch_threads", lambda: None)
+    monkeypatch.setattr("rwkv_bone.ops.cpu.torch_threads", lambda: None)
     case = (1, 40, 3, 16)
     assert_close(run(cpu.kernels.variants[-1], *make_inputs(*case), threads=3), truth(*case))
