@@ -4,25 +4,25 @@
 //   y_t = S_t r_t
 //
 // Tokens go in chunks of L = 16. With c the sum of log_w from the chunk's start to a token, e that to the token before it, S the
-// state before the chunk and D = exp(c_L), the whole chunk's decay, a chunk is made of two queries, two keys and two values a token:
+// state before the chunk and D = exp(c_L), the decay of the whole chunk, every token has two queries, two keys and two values:
 //   queries  Q = [a exp(e); r exp(c)]      keys  K = [k exp(-c); b exp(-c)]      values  V = [v; u],  u_t = S_{t-1} a_t
 //   C = Q K^T, in which r sees keys of its own token and before, a only keys before
 //   [u; y] = Q S^T + C V            u in order of tokens: its own rows of C are the triangle of a linear system (WY form)
 //   S after the chunk = (S + V^T K) diag(D)
-// and backward, with G the gradient of the state after the chunk times diag(D), and Z = [du; dy] (du: the gradient of Q S^T + C V):
+// and backward, with G the gradient of the state after the chunk times diag(D), and Z = [du; dy], the gradients of [u; y]:
 //   [dv; du] = K G^T + C^T Z        du from the last token back: the same triangle, transposed
 //   dC = Z V^T, where C is not zero;  dQ = Z S + dC K;  dK = V G + dC^T Q;  gradient of the state before = G + Z^T Q
 //   dlog_w_t = colsum((S + V^T K) o G) + sum_{s>=t} (r exp(c) o dQ_r - K o dK)_s + sum_{s>t} (a exp(e) o dQ_a)_s
 // so that nearly all the work is products of small matrices with 32 rows. log_w is at least -0.607 in the model, and then exp(-c)
-// is at most 2^14; it must not sum to less than -87 over 16 tokens. The triangular systems are solved by substitution: products of
-// powers of the triangle lose all digits where keys repeat.
+// is at most 2^14; it must not sum to less than -87 over 16 tokens. The triangular systems are solved by substitution: products
+// of powers of the triangle lose all digits where keys repeat.
 //
 // A reset cuts a chunk, so that one has a state of zeros before it or none inside. Value channels are independent of each other
 // (only the gradients of r, k, a, b and log_w are sums over them): where heads are fewer than threads, they are shared out.
 //
 // Layout: a row of N channels is cut into nv panels of one vector (W lanes, zero padded); an array of rows is stored panel by
-// panel, row by row, so that all strides are constants. np = nv * W. The 32 rows of a chunk are 8 of the first kind (a, k, v), 8 of
-// the second (r, b, u) of the same tokens, then those of the other 8 tokens: what a row of C multiplies lies in one piece.
+// panel, row by row, so that all strides are constants. np = nv * W. The 32 rows of a chunk are 8 of the first kind (a, k, v), 8
+// of the second (r, b, u) of the same tokens, then those of the other 8 tokens: what a row of C multiplies lies in one piece.
 
 #include "vectors.h"
 #include "wkv7_cpu.h"
@@ -180,8 +180,8 @@ template <class F> struct Slot {
 struct Out { void* p; int type; };
 struct Outs { Out r, log_w, k, a, b; };
 
-// Heads h0 <= h < h1 of batch row b, value panels j0 <= j < j1. Tokens go in blocks, and all heads do a block before the next one:
-// they share the pages of memory that their rows lie on, and looking up pages is a good part of the cost of reaching memory.
+// Heads h0 <= h < h1 of batch row b, value panels j0 <= j < j1. Tokens go in blocks, and all heads do a block before the next
+// one: they share the pages of memory that their rows lie on, and looking up pages is a good part of the cost of reaching memory.
 template <class F> struct Heads {
     static constexpr int W = Lanes<F>::W;
     using V = Vec<F>;
@@ -221,7 +221,8 @@ template <class F> struct Heads {
             using IO = decltype(element);
             auto* row = rows<IO>(out.p, at_);
             int64_t size = sizeof(IO);
-            bool past_caches = p.B * p.T * stride * size >= 1 << 20 && N % W == 0 && reinterpret_cast<uintptr_t>(out.p) % (W * size) == 0;
+            bool large = p.B * p.T * stride * size >= 1 << 20;  // not used soon
+            bool past_caches = large && N % W == 0 && reinterpret_cast<uintptr_t>(out.p) % (W * size) == 0;
             for (int t = 0; t < at_.n; t++, row += stride)
                 for (int64_t c = first; c < last; c++) {
                     V x = at(from + (c * panel + row_of(t)) * W);
@@ -231,12 +232,19 @@ template <class F> struct Heads {
                 }
         });
     }
-    // Asks for a chunk's rows ahead of their use.
+    // Asks for the rows of 16 tokens ahead of their use, between the steps of the chunk before: rows are `stride` apart, which is
+    // more than a processor foresees.
     INLINE void fetch(const void* tensor, int type, Place at) const {
-        int64_t size = type == kBFloat16 ? 2 : sizeof(F);
+        int64_t size = type == kBFloat16 ? 2 : sizeof(F), n = least(L, p.T - at.t);
         const char* row = static_cast<const char*>(tensor) + ((b * p.T + at.t) * stride + at.h * N) * size;
-        for (int64_t t = 0; t < at.n; t++, row += stride * size)
-            for (int64_t j = 0; j < N * size; j += 64) __builtin_prefetch(row + j, 0, 3);
+        for (int64_t t = 0; t < n; t++, row += stride * size)
+            for (int64_t j = 0; j < N * size; j += 64) __builtin_prefetch(row + j, 0, 2);
+    }
+    // The chunk that most likely follows: the head's next, the next head's first, or the first of the block at `after`.
+    Place following(Place at, int64_t start, int64_t end, int64_t after) const {
+        if (at.t + at.n < end) return {at.h, at.t + at.n, 0};
+        if (at.h + 1 < h1) return {at.h + 1, start, 0};
+        return {h0, after < 0 || after >= p.T ? start : after, 0};
     }
 
     // Panels first <= c < last of a matrix of N rows, of which rows i0 <= i < i1 are known or wanted.
@@ -352,17 +360,20 @@ template <class F> struct Heads {
                 for (int64_t t = start, next; t < end; t = next) {
                     if (resets(t)) memset(state, 0, square * sizeof(F));
                     next = cut(t, least(t + L, end));
-                    forward_chunk(s, {h, t, next - t}, state, keys, y);
+                    Place at{h, t, next - t};
+                    forward_chunk(s, at, following(at, start, end, end), state, keys, y);
                 }
             }
         for (int64_t i = 0; i < n; i++) save_transposed(to + i * N * N, states + i * square);
     }
 
-    void forward_chunk(const Slot<F>& s, Place at, F* state, F* keys, F* y) const {
+    void forward_chunk(const Slot<F>& s, Place at, Place next, F* state, F* keys, F* y) const {
         prepare(s, at, false);
         load(s.v, 0, p.v, at);
+        fetch(p.log_w, p.w_type, next), fetch(p.a, p.type, next);
         transpose_stack(keys, s.k, 0, nv);
         scores(s.c, s.q, keys, 0, N);
+        fetch(p.r, p.type, next), fetch(p.k, p.type, next);
         by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
             values<n.value>(s, state, j);
             F* v = s.v + j * kStack * W;
@@ -375,6 +386,7 @@ template <class F> struct Heads {
             }
             F* here = state + j * np * W;
             update<n.value, true>(here, here, s.decay, s.k, v, np, 0, N);
+            if (j == j0) fetch(p.b, p.type, next), fetch(p.v, p.type, next);
         });
         save({p.y, p.type}, y, L, at, j0, j1, [](int t) { return t; });
     }
@@ -426,13 +438,15 @@ template <class F> struct Heads {
                     int64_t chunks = (end - t + L - 1) / L;
                     for (int64_t i = 0; i < chunks; i++) {
                         Place at{h, t + i * L, least(L, end - t - i * L)};
-                        rebuild(Slot<F>(slots + i * size, nv, true), at, work.transposed, states + i * odd, i + 1 < chunks ? odd : 0);
+                        rebuild(Slot<F>(slots + i * size, nv, true), at, following(at, start, end, start - kCheckpoint),
+                                work.transposed, states + i * odd, i + 1 < chunks ? odd : 0);
                     }
                     for (int64_t i = chunks - 1; i >= 0; i--) {
                         Place at{h, t + i * L, least(L, end - t - i * L)};
                         Slot<F> s(slots + i * size, nv, true);
                         if (i == chunks - 1) decay(g, s.decay);
-                        backward_chunk(s, at, states + i * odd, g, i ? Slot<F>(slots + (i - 1) * size, nv, true).decay : nullptr, work, outs);
+                        const F* next = i ? Slot<F>(slots + (i - 1) * size, nv, true).decay : nullptr;
+                        backward_chunk(s, at, states + i * odd, g, next, work, outs);
                     }
                     if (resets(t)) memset(g, 0, square * sizeof(F));
                 }
@@ -446,19 +460,22 @@ template <class F> struct Heads {
     }
 
     // Fills the slot from the transposed state before the chunk; the state after it goes `next` behind it, if that is not 0.
-    void rebuild(const Slot<F>& s, Place at, F* keys, F* state, int64_t next) const {
+    void rebuild(const Slot<F>& s, Place at, Place then, F* keys, F* state, int64_t next) const {
         prepare(s, at, true);
         load(s.v, 0, p.v, at);
+        fetch(p.log_w, p.w_type, then), fetch(p.a, p.type, then), fetch(p.gy, p.type, at);
         transpose_stack(keys, s.k, 0, nv);
         scores(s.c, s.q, keys, 0, N);
+        fetch(p.r, p.type, then), fetch(p.k, p.type, then);
         by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
             F* here = state + j * np * W;
             values<n.value>(s, state, j);
+            if (j == j0) fetch(p.b, p.type, then), fetch(p.v, p.type, then);
             if (next) update<n.value, true>(here + next, here, s.decay, s.k, s.v + j * kStack * W, np, 0, N);
         });
     }
 
-    // g: the gradient of the state after the chunk, times the chunk's decay; it becomes that of the state before it, times `next`.
+    // g: the gradient of the state after the chunk, times the chunk's decay; then that of the state before it, times `next`.
     void backward_chunk(const Slot<F>& s, Place at_, const F* state, F* g, const F* next, const Work& w, const Outs& outs) const {
         load(w.z, 1, p.gy, at_);
         by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {

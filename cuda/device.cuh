@@ -17,6 +17,8 @@ struct bf16 {
 // The dtype codes of the C interface.
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
+constexpr int invalid_value = 1;  // cudaErrorInvalidValue
+
 #ifdef __CUDACC__
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

@@ -1,6 +1,8 @@
 // What the chunk kernels share: 16x16 blocks in registers, their one product on tensor cores, and how they lie in shared memory
 // and travel to and from global memory. Head size 64, chunks of 16 tokens, bf16.
 #pragma once
+#include <initializer_list>
+
 #include "device.cuh"
 
 constexpr int N = 64, L = 16;  // head size; tokens of a chunk
@@ -151,4 +153,65 @@ DEVICE void write_slice(bf16* to, const Block& b, unsigned stride, int tokens, u
   const int token = lane / 2, piece = lane % 2;
   const unsigned char* const from = scratch + 128 * (token / 8 + 2 * piece) + (16 * (token % 8) ^ 64 * piece);
   if (token < tokens) *reinterpret_cast<uint4*>(to + (token * stride + 8 * piece)) = *reinterpret_cast<const uint4*>(from);
+}
+
+// ---- decays
+//
+// Sums of log_w over ranges of tokens are products with matrices of 0 and 1, exact in bf16. A float log_w is taken as the
+// sum of two bf16, 16 bits of it, so that both types go the same way.
+
+template <class W>
+struct LogDecay {  // [channel, token]
+  Block part[sizeof(W) == 2 ? 1 : 2];
+};
+template <Order order>
+DEVICE void load(LogDecay<bf16>& w, const unsigned char* slice, int lane) {
+  w.part[0] = load_slice_transposed<order>(slice, lane);
+}
+template <class F>
+DEVICE void load(LogDecay<float>& w, const unsigned char* slice, int lane, F of_each) {
+  const int first = float_slice_offset(col_of(lane), row_of(lane) / 4) + row_of(lane) % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    // eight channels on: two pieces, another bit of the offset; eight tokens on: 512 bytes; one token on: 64
+    const unsigned char* const at = slice + (first ^ i % 2 * 32) + i / 2 * 512;
+    const float a = of_each(*reinterpret_cast<const float*>(at)), b = of_each(*reinterpret_cast<const float*>(at + 64));
+    const uint32_t high = pack_bf16(a, b);
+    w.part[0].x[i] = high;
+    w.part[1].x[i] = pack_bf16(a - low_bf16(high), b - high_bf16(high));
+  }
+}
+template <Order>
+DEVICE void load(LogDecay<float>& w, const unsigned char* slice, int lane) {
+  load(w, slice, lane, [](float x) { return x; });
+}
+
+// A range of tokens s for every token t. In all of them a token of the second half has the whole first half in its range and
+// one of the first half nothing of the second, and within a half the two halves are alike: one 8x8 matrix, this lane's
+// register of it, says it all.
+struct Ranges {
+  uint32_t before, upto, middle;  // s < t;  s <= t;  s before the middle of t's half
+  __device__ explicit Ranges(int lane) {
+    const int t = row_of(lane), s = col_of(lane);
+    const uint32_t low = ONES & 0xffff, high = ONES ^ low;
+    before = (s < t ? low : 0) | (s + 1 < t ? high : 0);
+    upto = (s <= t ? low : 0) | (s + 1 <= t ? high : 0);
+    middle = s < 4 ? ONES : 0;
+  }
+};
+
+template <class W>
+DEVICE Tile sums_by_token(uint32_t range, const LogDecay<W>& w) {  // [token, channel]
+  Tile sums{};
+#pragma unroll
+  for (const Block& part : w.part) add_product(sums, Block{{range, ONES, 0, range}}, part);
+  return sums;
+}
+
+// ---- host
+
+[[maybe_unused]] static bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  return true;
 }

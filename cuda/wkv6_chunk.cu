@@ -42,8 +42,6 @@
 // the same bit for bit on every run. Everything is built from one product, X Y^T of 16x16 blocks (`add_product`).
 //
 // Tensors (B, T, H, 64) contiguous, u (H, 64), states (B, H, 64, 64) indexed [key, value], gu (B, H, 64), a row per batch row.
-#include <initializer_list>
-
 #include "tiles.cuh"
 
 constexpr float MIN_LOG_W = -16.625f;
@@ -64,68 +62,29 @@ struct Shape {
   __device__ int chunks() const { return (T + L - 1) / L; }
 };
 
-// ---- decays
-//
-// Sums of log_w over ranges of tokens are products with matrices of 0 and 1, exact in bf16. A float log_w is taken as the
-// sum of two bf16, 16 bits of it, so that both types go the same way.
-
-template <class W>
-struct LogDecay {  // [channel, token], clamped
-  Block part[sizeof(W) == 2 ? 1 : 2];
-
-  // Which elements are at the bound: bits 15 - i and 31 - i for the low and high half of register i.
-  __device__ uint32_t at_bound() const {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t magnitude = part[0].x[i] & 0x7fff7fffu;  // bf16 are in order as integers; no carry between halves
-      bits |= ((magnitude + 0x80008000u - (MIN_LOG_W_TWICE & 0x7fff7fffu)) & 0x80008000u) >> i;
-    }
-    return bits;
-  }
-};
+// ---- decays, clamped
 
 template <Order order>
-DEVICE void load(LogDecay<bf16>& w, const unsigned char* slice, int lane) {
-  w.part[0] = load_slice_transposed<order>(slice, lane);
+DEVICE void load_clamped(LogDecay<bf16>& w, const unsigned char* slice, int lane) {
+  load<order>(w, slice, lane);
 #pragma unroll
   for (uint32_t& x : w.part[0].x) x = max_bf16(x, MIN_LOG_W_TWICE);
 }
 template <Order>
-DEVICE void load(LogDecay<float>& w, const unsigned char* slice, int lane) {
-  const int first = float_slice_offset(col_of(lane), row_of(lane) / 4) + row_of(lane) % 4 * 4;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    // eight channels on: two pieces, another bit of the offset; eight tokens on: 512 bytes; one token on: 64
-    const unsigned char* const at = slice + (first ^ i % 2 * 32) + i / 2 * 512;
-    const float a = fmaxf(*reinterpret_cast<const float*>(at), MIN_LOG_W),
-                b = fmaxf(*reinterpret_cast<const float*>(at + 64), MIN_LOG_W);
-    const uint32_t high = pack_bf16(a, b);
-    w.part[0].x[i] = high;
-    w.part[1].x[i] = pack_bf16(a - low_bf16(high), b - high_bf16(high));
-  }
+DEVICE void load_clamped(LogDecay<float>& w, const unsigned char* slice, int lane) {
+  load(w, slice, lane, [](float x) { return fmaxf(x, MIN_LOG_W); });
 }
 
-// A range of tokens s for every token t. In all of them a token of the second half has the whole first half in its range and
-// one of the first half nothing of the second, and within a half the two halves are alike: one 8x8 matrix, this lane's
-// register of it, says it all.
-struct Ranges {
-  uint32_t before, upto, middle;  // s < t;  s <= t;  s before the middle of t's half
-  __device__ explicit Ranges(int lane) {
-    const int t = row_of(lane), s = col_of(lane);
-    const uint32_t low = ONES & 0xffff, high = ONES ^ low;
-    before = (s < t ? low : 0) | (s + 1 < t ? high : 0);
-    upto = (s <= t ? low : 0) | (s + 1 <= t ? high : 0);
-    middle = s < 4 ? ONES : 0;
-  }
-};
-
+// Which elements are at the bound: bits 15 - i and 31 - i for the low and high half of register i.
 template <class W>
-DEVICE Tile sums_by_token(uint32_t range, const LogDecay<W>& w) {  // [token, channel]
-  Tile sums{};
+DEVICE uint32_t at_bound(const LogDecay<W>& w) {
+  uint32_t bits = 0;
 #pragma unroll
-  for (const Block& part : w.part) add_product(sums, Block{{range, ONES, 0, range}}, part);
-  return sums;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t magnitude = w.part[0].x[i] & 0x7fff7fffu;  // bf16 are in order as integers; no carry between halves
+    bits |= ((magnitude + 0x80008000u - (MIN_LOG_W_TWICE & 0x7fff7fffu)) & 0x80008000u) >> i;
+  }
+  return bits;
 }
 
 // ---- what the forward pass keeps for the backward pass, for every chunk
@@ -233,7 +192,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     __syncwarp();
     const Block r_now = load_slice<FIRST>(inputs.r, lane), k_now = load_slice<SECOND>(inputs.k, lane);
     LogDecay<W> w;
-    load<SECOND>(w, inputs.log_w, lane);
+    load_clamped<SECOND>(w, inputs.log_w, lane);
     copy(chunk + 2, slot > 0 ? slot - 1 : 2);
 
     // the warp's keys. Sums in bits; `whole` does not depend on the token, `middle` on its half alone.
@@ -445,7 +404,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     __syncthreads();
     copy(i + 2, slot > 0 ? slot - 1 : 2);
     LogDecay<W> w;
-    load<FIRST>(w, inputs.log_w[warp], lane);
+    load_clamped<FIRST>(w, inputs.log_w[warp], lane);
     const Decays<W> decays_now(ranges, w);
     const Tile factor = reverse ? Tile{{decays_now.to_rt(0), decays_now.to_rt(1)}}
                                 : Tile{{decays_now.to_kh(0), decays_now.to_kh(1)}};
@@ -622,7 +581,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
     const Block r_now = load_slice_transposed<FIRST>(inputs.r, lane), k_now = load_slice_transposed<FIRST>(inputs.k, lane);
     LogDecay<W> w;
-    load<FIRST>(w, inputs.log_w, lane);
+    load_clamped<FIRST>(w, inputs.log_w, lane);
     __syncwarp();
     copy_inputs(chunk, 1);
 
@@ -632,7 +591,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 Block{{pack_bf16(later(0, 0), later(0, 1)), 0, pack_bf16(gA.half[1].c[0], gA.half[1].c[1]),
                        pack_bf16(later(1, 2), later(1, 3))}},
                 lane);
-    scratch.clamped[lane] = w.at_bound();
+    scratch.clamped[lane] = at_bound(w);
     const Decays<W> decays(ranges, w);
     const float D[2] = {ex2(decays.whole[0]), ex2(decays.whole[1])};
     if (lane % 4 == row / 2) {  // the lane of elements (row, row) and (row + 8, row + 8)
@@ -791,13 +750,6 @@ __global__ void sum_segments(int segments, const float* parts, float* gu) {
 
 // ---- host
 
-constexpr int invalid_value = 1;  // cudaErrorInvalidValue
-
-static bool aligned(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers)
-    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
-  return true;
-}
 static bool valid(int w_dtype, int64_t B, int64_t T, int64_t H, int segments) {
   return (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 && T <= INT32_MAX - L && segments > 0 &&
          segments <= 65535 && segments <= (T + L - 1) / L && H <= 1 << 18 && B <= INT32_MAX / H;

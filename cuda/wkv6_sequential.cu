@@ -288,8 +288,6 @@ __global__ void __launch_bounds__(L * L, E == 1 ? 2 : 1)
   }
 }
 
-constexpr int invalid_value = 1;  // cudaErrorInvalidValue
-
 static bool valid(int dtype, int w_dtype, int64_t B, int64_t T, int64_t H, int64_t N) {
   return (dtype == FLOAT32 || dtype == BFLOAT16) && (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 &&
          N > 0 && N <= 128 && H <= INT32_MAX && B <= INT32_MAX / H / 8;

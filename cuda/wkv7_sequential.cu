@@ -39,9 +39,9 @@ struct alignas(16) SweepTile {
 // A line is one value channel, its lanes share the key channels.
 //   forward:   u = S . remover;   S = w S + u inserter + value writer;   out = S . reader
 //   reversed:  S += value writer;   u = S . remover;   out = S . reader;   S = w S + u inserter
-// Forward, S is a row of the state, and reader, writer, remover, inserter, value = r, k, a, b, v, out = y. Reversed it is one of G, and
-// they are k, r, b, a, gy, out = gv. out, u_out, tile_states (B, H, tiles, N, N: S before each tile), state, reset and
-// final_state may be null.
+// Forward, S is a row of the state, reader, writer, remover, inserter, value = r, k, a, b, v, out = y. Reversed, S is a row of
+// G, they are k, r, b, a, gy, and out = gv, u = du. out, u_out, tile_states (B, H, tiles, N, N: S before each tile), state,
+// reset and final_state may be null.
 template <int E, bool reversed>
 __global__ void __launch_bounds__(L * L, E == 8 ? 1 : 2)
     sweep(Shape shape, Input reader, Input writer, Input remover, Input inserter, Input value, Input log_w,
@@ -333,8 +333,6 @@ __global__ void __launch_bounds__(L * L, E == 1 ? 2 : 1)
 }
 
 // ---- host
-
-constexpr int invalid_value = 1;  // cudaErrorInvalidValue
 
 static bool valid(int dtype, int w_dtype, int64_t B, int64_t T, int64_t H, int64_t N) {
   return (dtype == FLOAT32 || dtype == BFLOAT16) && (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 &&

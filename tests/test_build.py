@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import build
+from rwkv_bone.ops import build, cpu
 from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.wkv6 import wkv6
 
@@ -141,7 +141,7 @@ def test_without_a_compiler_says_how_to_get_one_and_that_op_torch_needs_none(tmp
 def test_the_op_tells_of_a_missing_compiler_and_op_torch_works(grad, tmp_path, monkeypatch):
     inputs = [torch.rand(1, 4, 2, 8).requires_grad_(grad) for _ in range(3)] + [-torch.rand(1, 4, 2, 8), torch.rand(2, 8)]
     with monkeypatch.context() as patch:
-        patch.delattr(wkv6_cpu.kernels, "library")
+        patch.setattr(wkv6_cpu, "kernels", cpu.Kernels("wkv6", wkv6_cpu.kernels.functions))  # as in a new process
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
         patch.setenv("PATH", str(tmp_path))
         patch.delenv("CXX", raising=False)
@@ -180,6 +180,17 @@ def test_the_cache_follows_xdg_and_falls_back_with_a_word(tmp_path, monkeypatch,
     folder = build.cache_dir()
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
     assert f"cannot write {tmp_path / 'file' / 'rwkv-bone'} (Not a directory); building in {folder}" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_has_a_private_cache(tmp_path, monkeypatch, capsys):
+    """In a container run as any user there is no $HOME and no entry in the list of users."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    folder = build.cache_dir()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
+    assert build.user_cache() == folder and capsys.readouterr().err == ""
 
 
 def test_a_fallback_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan
 
-from rwkv_bone.ops.cuda import declare
+from rwkv_bone.errors import UserError
+from rwkv_bone.ops.cuda import build_library, declare, nvcc
 from rwkv_bone.ops.wkv7 import cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -212,6 +213,19 @@ def test_sequential_refuses_what_it_cannot_do_with_an_error_code(libraries, code
     lib = libraries["sequential"]
     assert lib.wkv7_sequential_forward(*codes, *shape, *[None] * 11) == 1
     assert lib.wkv7_sequential_backward(*codes, *shape, *[None] * 19) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["sequential", "chunk"])
+def test_nvcc_builds_a_library_that_loads(kernel, tmp_path):
+    try:
+        nvcc()
+    except UserError as absent:
+        pytest.skip(str(absent))
+    lib = declare(ctypes.CDLL(str(build_library(f"wkv7_{kernel}", (8, 0), cache=tmp_path))), cuda.FUNCTIONS)
+    forward, no_work = getattr(lib, f"wkv7_{kernel}_forward"), 0
+    arguments = [no_work if kind in (ctypes.c_int, ctypes.c_int64) else None for kind in forward.argtypes]
+    assert forward(*arguments) == 1  # cudaErrorInvalidValue: no batch rows
 
 
 def test_chunk_refuses_what_it_cannot_do_with_an_error_code(libraries):

@@ -47,8 +47,20 @@ def source(path: str) -> Path:
 
 
 def user_cache() -> Path:
-    """The folder of built libraries: rwkv-bone in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rwkv-bone"
+    """The folder of built libraries: rwkv-bone in $XDG_CACHE_HOME or ~/.cache; for a user without a home `private_folder`."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv-bone"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users
+        return private_folder()
+
+
+def private_folder() -> Path:
+    """A folder of this user's among the temporary files, which no other user can write, lest a library be placed there."""
+    folder = Path(tempfile.gettempdir()) / f"rwkv-bone-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix="rwkv-bone-"))
+    return folder
 
 
 def cache_dir() -> Path:
@@ -59,11 +71,7 @@ def cache_dir() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        # another user must not be able to place a library there: the folder is ours alone, or it is not used
-        fallback = Path(tempfile.gettempdir()) / f"rwkv-bone-{os.getuid()}"
-        fallback.mkdir(mode=0o700, exist_ok=True)
-        if fallback.stat().st_uid != os.getuid() or fallback.stat().st_mode & 0o022:
-            fallback = Path(tempfile.mkdtemp(prefix="rwkv-bone-"))
+        fallback = private_folder()
         print(f"rwkv-bone: cannot write {folder} ({error.strerror}); building in {fallback}", file=sys.stderr)
         return fallback
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..terminal import counted
 from . import build
@@ -20,6 +19,7 @@ VARIANT_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
 }
 INT, SIZE, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+PLAIN = (int, bool, type(None))  # types of arguments that are no tensors; isinstance(x, Tensor) takes longer
 
 
 class Kernels:
@@ -43,11 +43,15 @@ class Kernels:
 
     @functools.cached_property
     def library(self) -> ctypes.CDLL:
-        lib = build.load(self.build_library())
+        return build.load(self.build_library())
+
+    @functools.cached_property
+    def entries(self) -> dict[str, Any]:
+        """The functions with their C types, by name."""
+        entries = {name: getattr(self.library, f"{self.name}_cpu_{name}") for name in self.functions}
         for name, argtypes in self.functions.items():
-            function = getattr(lib, f"{self.name}_cpu_{name}")
-            function.restype, function.argtypes = None, [INT, INT, POINTER, *argtypes]
-        return lib
+            entries[name].restype, entries[name].argtypes = None, [INT, INT, POINTER, *argtypes]
+        return entries
 
     @functools.cached_property
     def variants(self) -> list[str]:
@@ -60,14 +64,11 @@ class Kernels:
     def call(self, function: str, *arguments, variant: str | None = None, threads: int | None = None) -> None:
         """NAME_cpu_`function`(*arguments), tensors as the addresses of their data. `variant`, `threads`: for tests; else the
         fastest that this machine can run, and as many as torch takes."""
-        if variant is None:
-            variant = self.variants[-1]
-        elif variant not in self.variants:
+        if variant is not None and variant not in self.variants:
             raise ValueError(f"this machine has no {variant}: choose among {', '.join(self.variants)}")
-        getattr(self.library, f"{self.name}_cpu_{function}")(
-            VARIANTS[variant], threads or torch.get_num_threads(), torch_threads(),
-            *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments),
-        )  # fmt: skip
+        addresses = [x if type(x) in PLAIN else x.data_ptr() for x in arguments]
+        number = VARIANTS[variant or self.variants[-1]]
+        self.entries[function](number, threads or torch.get_num_threads(), torch_threads(), *addresses)
 
 
 @functools.cache

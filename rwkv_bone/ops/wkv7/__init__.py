@@ -1,0 +1,40 @@
+"""WKV7, the time mixing of RWKV-7 (arXiv 2503.14456): `wkv7`, and its definition `wkv7_reference`.
+
+    S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T          w_t = exp(log_w_t), log_w <= 0
+    y_t = S_t r_t
+"""
+
+from torch import Tensor
+
+from ..recurrence import OPS, STATE, Input, Recurrence
+from . import cpu, cuda
+from .reference import wkv7_chunked, wkv7_reference
+
+__all__ = ["OPS", "describe", "recurrence", "wkv7", "wkv7_chunked", "wkv7_reference"]
+
+recurrence = Recurrence(
+    "wkv7",
+    (
+        Input("log_w", dtype="r or compute"), Input("k"), Input("v"), Input("a"), Input("b"),
+        STATE, Input("reset", "BT", "bool", optional=True),
+    ),
+    wkv7_reference, wkv7_chunked, {"cpu": cpu, "cuda": cuda},
+)  # fmt: skip
+describe = recurrence.describe
+
+
+def wkv7(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None,
+    reset: Tensor | None = None, op: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """WKV7 with gradients for r, log_w, k, v, a, b and state, and through the final state.
+
+    r, k, v, a, b: (B, T, H, N), N at most 128, float32, bfloat16 or float64, contiguous. log_w: the same shape, in r's dtype or
+    float32, <= 0, and over any 16 tokens at least -87 together (the model's is at least -0.607 a token; what cuts off the past
+    is `reset`). state: (B, H, N, N) indexed [value, key], or None for zeros. reset: (B, T) bool, True at a token before which
+    the state becomes zero, or None for nowhere.
+    Returns y (B, T, H, N) in r's dtype and the final state (B, H, N, N) in float32 (float64 if r is).
+    op: "auto" (the kernel of r's device), "cpu", "cuda", or "torch" (needs no compiler, any device).
+    Raises ValueError that names the tensor, what was expected and what came.
+    """
+    return recurrence((r, log_w, k, v, a, b, state, reset), op)

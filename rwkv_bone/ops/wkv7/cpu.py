@@ -6,6 +6,7 @@ gradients (B, T, H, N) in float32, bfloat16 or float64, N at most 128; log_w and
 becomes zero. Over any 16 tokens log_w may sum to -87 at the least (the model's is at least -0.607 a token).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,19 @@ HEAD: list[Any] = [INT, INT, *[SIZE] * 4]  # dtypes of r and of log_w, B, T, H, 
 kernels = Kernels("wkv7", {"forward": HEAD + [POINTER] * 11, "backward": HEAD + [POINTER] * 17})
 
 
+def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a result, of which the kernel writes every element and nothing beside it."""
+    return torch.empty(shape, dtype=dtype)
+
+
 def describe(dtype: torch.dtype, N: int) -> str:
+    check_head(N)
     return kernels.describe("portable" if dtype == torch.float64 else None)  # float64 has portable kernels only
+
+
+def check_head(N: int) -> None:
+    if N > 128:
+        raise ValueError(f"wkv7: the CPU kernel takes heads of up to 128 channels, not {N}; use op='torch'")
 
 
 def saved_shape(r: Tensor) -> tuple[int, ...]:
@@ -34,10 +46,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states that backward needs (empty unless `save`)."""
     B, T, H, N = r.shape
-    y = torch.empty_like(r)
+    check_head(N)
+    y = new(r.shape, r.dtype)
     state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    final_state = torch.empty(B, H, N, N, dtype=state_dtype)
-    saved = torch.empty(saved_shape(r) if save else 0, dtype=state_dtype)
+    final_state = new((B, H, N, N), state_dtype)
+    saved = new(saved_shape(r) if save else (0,), state_dtype)
     kernels.call(
         "forward", DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
         r, log_w, k, v, a, b, state, reset, y, final_state, saved if save else None, variant=variant, threads=threads,
@@ -51,8 +64,8 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, log_w, k, v, a, b and state from those of y and of the final state."""
     B, T, H, N = r.shape
-    gradients = [torch.empty_like(x) for x in (r, log_w, k, v, a, b)]
-    gstate = saved.new_empty(B, H, N, N)
+    gradients = [new(x.shape, x.dtype) for x in (r, log_w, k, v, a, b)]
+    gstate = new((B, H, N, N), saved.dtype)
     kernels.call(
         "backward", DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
         r, log_w, k, v, a, b, reset, saved, gy, gfinal, *gradients, gstate, variant=variant, threads=threads,

@@ -62,16 +62,19 @@ def forward(
     kernel = kernel or choose(r.dtype, N)
     lib = library(kernel, r.device)
     y, final_state = torch.empty_like(r), _float32(r, B, H, N, N)
-    inputs = (r, log_w, k, v, a, b, state, reset)
     if kernel == "chunk":
         saved = _float32(r, *(saved_shape(r, kernel) if save else (0,)))
         assert saved.nbytes in (0, lib.wkv7_chunk_checkpoint_bytes(B, T, H))
-        outputs = y, final_state, saved if save else None
-        run(lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H, *map(aligned, inputs), *outputs)
+        run(
+            lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H,
+            *map(aligned, (r, log_w, k, v, a, b, state, reset)), y, final_state, saved if save else None,
+        )  # fmt: skip
     else:
         saved = _float32(r, 0) if not save else r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
-        sizes = (DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N)
-        run(lib.wkv7_sequential_forward, r.device, *sizes, *inputs, y, final_state)
+        run(
+            lib.wkv7_sequential_forward, r.device, DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
+            r, log_w, k, v, a, b, state, reset, y, final_state,
+        )  # fmt: skip
     return y, final_state, saved
 
 
@@ -83,14 +86,19 @@ def backward(
     B, T, H, N = r.shape
     kernel = kernel or choose(r.dtype, N)
     lib = library(kernel, r.device)
-    grads = (*map(torch.empty_like, (r, log_w, k, v, a, b)), _float32(r, B, H, N, N))
+    gr, glog_w, gk, gv, ga, gb = map(torch.empty_like, (r, log_w, k, v, a, b))
+    grads = gr, glog_w, gk, gv, ga, gb, _float32(r, B, H, N, N)
     if kernel == "chunk":
-        inputs = (r, log_w, k, v, a, b, reset, saved, gy, gfinal)
-        run(lib.wkv7_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H, *map(aligned, inputs), *grads)
+        run(
+            lib.wkv7_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H,
+            *map(aligned, (r, log_w, k, v, a, b, reset, saved, gy, gfinal)), *grads,
+        )  # fmt: skip
     else:
         scratch = _float32(r, lib.wkv7_sequential_scratch(B, T, H, N) // 4)
-        sizes = (DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N)
-        run(lib.wkv7_sequential_backward, r.device, *sizes, r, log_w, k, v, a, b, saved, reset, gy, gfinal, *grads, scratch)
+        run(
+            lib.wkv7_sequential_backward, r.device, DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
+            r, log_w, k, v, a, b, saved, reset, gy, gfinal, *grads, scratch,
+        )  # fmt: skip
     return grads
 
 
