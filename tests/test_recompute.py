@@ -62,7 +62,7 @@ def test_a_recomputed_function_draws_the_same_random_numbers():
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_a_layer_keeps_no_mixed_inputs(make_model, version, grad_cp):
-    """Kept are, in units of n_embd for a token, less than 16, of which products and the recurrence hold the most; with grad_cp 1."""
+    """In units of n_embd for a token, less than 16 are kept, most by products and the recurrence; with grad_cp 1."""
     C, T = 64, 128
     sizes = {"n_embd": C, "dim_att": C, "dim_ffn": 3 * C + C // 2, "head_size": 64}
 

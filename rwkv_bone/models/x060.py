@@ -199,7 +199,7 @@ class RWKV6(RWKV):
 
     @classmethod
     def initial_values(cls, sizes: Any, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """RWKV-LM's initial value of each parameter (RWKV-v5/src/model.py: RWKV_Tmix_x060, RWKV_CMix_x060, generate_init_weight)."""
+        """RWKV-LM's initial value of each parameter (RWKV-v5/src/model.py: RWKV_Tmix_x060, RWKV_CMix_x060)."""
         C, A, L = sizes.n_embd, sizes.dim_att, sizes.n_layer
         gains = {"att.key": 0.1, "att.gate": 0.1, "att.output": 0.0, "ffn.value": 0.0, "ffn.receptance": 0.0}
         channel = torch.arange(C) / C  # 0 to almost 1
