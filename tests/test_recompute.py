@@ -61,13 +61,13 @@ def test_a_recomputed_function_draws_the_same_random_numbers():
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_a_layer_keeps_no_mixed_inputs(make_model, grad_cp):
-    """Kept are, in units of n_embd for a token, less than 16, of which products and WKV6 hold the most; with grad_cp 1."""
+def test_a_layer_keeps_no_mixed_inputs(make_model, version, grad_cp):
+    """In units of n_embd for a token, less than 16 are kept, most by products and the recurrence; with grad_cp 1."""
     C, T = 64, 128
     sizes = {"n_embd": C, "dim_att": C, "dim_ffn": 3 * C + C // 2, "head_size": 64}
 
     def step_of(layers: int):
-        model = make_model(dtype=torch.float32, n_layer=layers, **sizes)
+        model = make_model(version=version, dtype=torch.float32, n_layer=layers, **sizes)
         inject(model, METHODS["bone"], METHODS["bone"].Config(8))
         model = model.with_execution(grad_cp=grad_cp)
         idx = torch.randint(50, (1, T))
