@@ -18,11 +18,11 @@ step() {  # name, command...: its output goes to the terminal and to a file
 }
 sanitizer() {  # tool, options...: on the tests made for it, whose kernels the step before has built
   step "$1" compute-sanitizer --error-exitcode 1 --tool "$@" "$python" -m pytest -q \
-    tests/test_wkv6_gpu.py tests/test_bone_cuda.py -k "sanitizer or on_a_gpu"
+    tests/test_wkv6_gpu.py tests/test_wkv7_cuda_gpu.py tests/test_bone_cuda.py -k "sanitizer or on_a_gpu"
 }
 
 step doctor "$python" -m rwkv_bone.doctor
-step tests "$python" -m pytest -q tests/test_wkv6_gpu.py tests/test_bone_cuda.py
+step tests "$python" -m pytest -q tests/test_wkv6_gpu.py tests/test_wkv7_cuda_gpu.py tests/test_bone_cuda.py
 if command -v compute-sanitizer > /dev/null; then
   # every tensor an allocation of its own, or what is written beyond it lies in another of torch's; torch's own calls may fail
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer memcheck --report-api-errors no
@@ -35,4 +35,6 @@ step wkv6 "$python" benchmarks/wkv6.py --device cuda --output "$out"
 step bone "$python" benchmarks/bone.py --device cuda --dtype bf16
 step train_step "$python" benchmarks/train_step.py --device cuda --n_layer 24 --n_embd 2048 --vocab_size 65536 \
   --micro_bsz 8 --ctx_len 4096 --grad_cp
+step train_step_x070 "$python" benchmarks/train_step.py --version x070 --device cuda --n_layer 24 --n_embd 2048 \
+  --vocab_size 65536 --micro_bsz 8 --ctx_len 4096 --grad_cp
 exit $failed

@@ -26,7 +26,7 @@ import torch
 from rwkv_bone.doctor import cpu_name
 from rwkv_bone.files.models import load_model, open_model
 from rwkv_bone.files.pth import save_tensors
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.models import MODELS
 
 VARIANTS = ("ours", "ours, batch", "rwkv, TorchScript", "rwkv, plain")
 DEMO = Path(__file__).parents[1] / "rwkv_bone" / "demo" / "base.pth"
@@ -34,11 +34,10 @@ PROMPT = [1, 2, 3, 5, 8, 13, 21, 34]
 
 
 def ours(path: str, batch: int, dtype: torch.dtype) -> Callable[[int], list[int]]:
-    from rwkv_bone.models.direct import direct
 
     from rwkv_bone.generate.command import read, step
 
-    model = direct(load_model(path, dtype))
+    model = load_model(path, dtype)
 
     def sample(count: int) -> list[int]:
         logits, state = read(model, [PROMPT] * batch)
@@ -88,8 +87,9 @@ def work(args: argparse.Namespace) -> None:
 
 def new_model(args: argparse.Namespace, folder: str) -> str:
     path = Path(folder) / "random.pth"
-    config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
-    tensors = RWKV(config).initialise(0).state_dict()
+    kind = MODELS["x060"]
+    sizes = kind.new_sizes(vocab_size=args.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd, head_size=64)
+    tensors = kind(sizes).initialise(0).state_dict()
     for name, value in tensors.items():  # a fresh model's outputs and LoRAs are zero
         if not value.any() and value.dim() > 1:
             value.normal_(std=value.shape[-1] ** -0.5, generator=torch.Generator().manual_seed(len(name)))
@@ -98,8 +98,8 @@ def new_model(args: argparse.Namespace, folder: str) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    config, _ = open_model(args.model)
-    print(f"L{config.n_layer} C{config.n_embd} V{config.vocab_size}, heads of {config.head_size}, {args.dtype}; "
+    sizes = open_model(args.model).sizes
+    print(f"L{sizes.n_layer} C{sizes.n_embd} V{sizes.vocab_size}, heads of {sizes.head_size}, {args.dtype}; "
           f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}; "
           f"{args.repeats} repeats of {args.tokens} tokens")  # fmt: skip
     workers = {}

@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW) of an RWKV-6: tokens/s and peak memory, ours against others in one run.
+"""One training step (forward, backward, AdamW) of an RWKV-6 or RWKV-7: tokens/s and peak memory, ours against others in one run.
 
     ours          Bone as it is here
     materialised  Bone as RWKV-PEFT computes it: W' is formed at each use, by plain autograd
@@ -19,7 +19,7 @@ import time
 import torch
 
 from rwkv_bone.doctor import cpu_name
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.models import MODELS, Execution
 from rwkv_bone.ops.float32 import set_matmul_backend
 from rwkv_bone.peft import METHODS, adapters, inject
 from rwkv_bone.peft.bone import BoneLinear
@@ -65,14 +65,14 @@ def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     if not args.variant.endswith(PLAIN):
         set_matmul_backend(args.device, args.micro_bsz * args.ctx_len)
-    config = ModelConfig.new(args.vocab_size, args.n_layer, args.n_embd, head_size=64)
+    kind = MODELS[args.version]
+    sizes = kind.new_sizes(vocab_size=args.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd, head_size=64)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model = RWKV(config).initialise().to(args.device, dtype)
+    model = kind(sizes, Execution(grad_cp=args.grad_cp)).initialise().to(args.device, dtype)
     adapt(model, args.variant.removesuffix(PLAIN), args.r)
-    model.grad_cp = args.grad_cp
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4)
-    idx = torch.randint(config.vocab_size, (args.micro_bsz, args.ctx_len + 1), device=args.device)
+    idx = torch.randint(sizes.vocab_size, (args.micro_bsz, args.ctx_len + 1), device=args.device)
 
     def step():
         hidden, _ = model.hidden(idx[:, :-1])
@@ -114,18 +114,19 @@ def profile_step(step, device: str) -> None:
     for event in profiler.key_averages():
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         name = event.key
-        kind = "matrix products" if name in PRODUCTS or "gemm" in name else "WKV6" if "wkv6" in name else name
+        kind = "matrix products" if name in PRODUCTS or "gemm" in name else "WKV" if "wkv" in name else name
         kind = "Bone's kernels" if "BoneFunction" in name else kind
         times[kind] = times.get(kind, 0) + own
     total = sum(times.values())
-    share = sum(times.get(kind, 0) for kind in ("matrix products", "Bone's kernels", "WKV6")) / total
-    print(f"{share:.1%} of {total / 1e6:.2f} s in matrix products, Bone's kernels and WKV6")
+    share = sum(times.get(kind, 0) for kind in ("matrix products", "Bone's kernels", "WKV")) / total
+    print(f"{share:.1%} of {total / 1e6:.2f} s in matrix products, Bone's kernels and WKV")
     for name, time_ in sorted(times.items(), key=lambda item: -item[1])[:12]:
         print(f"{time_ / total:7.1%}  {name}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", default="x060", choices=tuple(MODELS))
     for name, default in dict(n_layer=6, n_embd=512, vocab_size=16384, micro_bsz=2, ctx_len=512, r=64, repeats=3).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_bone.doctor import cpu_name
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.models import MODELS, LanguageModel
 from rwkv_bone.ops import build, cpu
 from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
@@ -286,16 +286,17 @@ def sampling(device: str, dtype: torch.dtype) -> list[str]:
     lines = ["### One token, with state", "", *table(["one layer's op", "ours us", "--op torch us", "definition us"], rows)]
     rows = []
     for n_layer, n_embd, vocab_size in ((6, 256, 256), (12, 768, 4096)):
-        model = RWKV(ModelConfig.new(vocab_size, n_layer, n_embd)).initialise(0).to(device, dtype)
+        kind = MODELS["x060"]
+        sizes = kind.new_sizes(vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, head_size=64)
+        model = kind(sizes).initialise(0).to(device, dtype)
         speeds = []
         for name in ("auto", "torch"):
-            model.op = name
-            speeds.append(1 / least_of(token_step(model, device), device, calls=20))
+            speeds.append(1 / least_of(token_step(model.with_execution(op=name), device), device, calls=20))
         rows.append([f"L{n_layer} C{n_embd} V{vocab_size}", *(f"{x:.0f}" for x in speeds), f"{speeds[0] / speeds[1]:.2f}"])
     return [*lines, "", *table(["model", "tokens/s", "with --op torch", "ratio"], rows)]
 
 
-def token_step(model: RWKV, device: str) -> Callable:
+def token_step(model: LanguageModel, device: str) -> Callable:
     state = None
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
 

@@ -32,7 +32,9 @@ KINDS = {"ours": "model", "torchs": "model", "web": "model", "adapter": "adapter
 
 READER = """
 import resource, sys, torch
-from rwkv_bone.checkpoint import load_adapter, load_model, load_state, read_adapter
+from rwkv_bone.files.adapters import load_adapter, read_adapter
+from rwkv_bone.files.models import load_model
+from rwkv_bone.training.resume import load_state
 from rwkv_bone.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 base = sys.argv[1]
@@ -102,8 +104,9 @@ def files(tmp_path_factory) -> dict[str, tuple[str, bytes]]:
     tensors = model.state_dict()
     save_tensors(folder / "ours", tensors)
     torch.save(dict(tensors), folder / "torchs")
+    web = model.web_names
     with open(folder / "web", "wb") as file:
-        renamed = {web_name(name): web_tensor(name, t).contiguous() for name, t in tensors.items()}
+        renamed = {web_name(web, name): web_tensor(web, name, t).contiguous() for name, t in tensors.items()}
         write_safetensors(file, layout_of(renamed), renamed.items())
     known = {"file": "ours", "fingerprint": fingerprint(tensors)}
     bones = {f"blocks.0.att.{name}.bone": torch.randn(2, 4, 4) for name in ("key", "value")}

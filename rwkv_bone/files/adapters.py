@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import UserError
 from ..interop import hf_peft as hf
 from ..interop.rwkv_peft import UNAIDED, Foreign, translate
+from ..interop.web_rwkv import web_tensor
 from ..models import LanguageModel
+from ..models.base import WebNames
 from ..peft import METHODS, AdapterLinear
 from ..peft.adapter import Weight, weight_and_bias
 from .atomic import atomic
-from .pth import FLOATS, Streamed, check_sums, layout_of, open_tensors, write_pth
+from .pth import FLOATS, Streamed, check_file, check_sums, layout_of, open_tensors, write_pth
+from .safetensors import is_safetensors
 
 RECORD = "rwkv_bone.json"
 
@@ -71,8 +74,8 @@ class Adapter:
     """
 
     def __init__(self, path: str | Path, kind: type[LanguageModel], sizes: Any, foreign: Foreign = UNAIDED):
-        tensors, self.info = read_adapter(path, foreign)
-        self.path, self.kind = Path(path), kind
+        self.path, self.kind, self.sizes = Path(path), kind, sizes
+        tensors, self.info = read_adapter(path, foreign, kind.web_names)
         self.method, self.config = method_of(self.info, path)
         shapes = kind.shapes(sizes, initial_state="state" in kind.capabilities)
         self.parts = [name for name in tensors if name in shapes]
@@ -87,7 +90,7 @@ class Adapter:
                 self.layers.setdefault(layer, []).append(key)
         self.check(tensors, shapes)
         own = "foreign" not in self.info
-        self.tensors = Streamed(lambda: open_tensors(path) if own else open_foreign(path, foreign)[0])
+        self.tensors = Streamed(lambda: open_tensors(path) if own else open_foreign(path, foreign, kind.web_names)[0])
 
     def check_model(self, kind: type[LanguageModel], sizes: Any) -> None:
         """The version and the sizes of the base that the adapter names must be these; by --force neither."""
@@ -100,7 +103,9 @@ class Adapter:
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor must find its place in the model, and have the shape that is wanted there."""
-        odd = [layer for layer in self.layers if self.method is None or len(shapes.get(f"{layer}.weight", ())) != 2]
+        with torch.device("meta"):
+            linears = {name for name, module in self.kind(self.sizes).named_modules() if isinstance(module, nn.Linear)}
+        odd = [layer for layer in self.layers if self.method is None or layer not in linears]
         if odd:
             names = [name for name in tensors if name.rpartition(".")[0] in odd]
             raise UserError(f"{self.path}: {len(names)} tensors that this model has no place for ({', '.join(names[:3])})")
@@ -160,21 +165,28 @@ class Adapter:
         return self.tensors[name].to(weight.device) if name in self.parts else weight
 
 
-def read_adapter(path: str | Path, foreign: Foreign = UNAIDED) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_adapter(
+    path: str | Path, foreign: Foreign = UNAIDED, web: WebNames | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and what it says about itself.
 
-    Other programs' are translated: folders of peft, and RWKV-PEFT's files, as far as `foreign` tells enough of them.
+    Other programs' are translated: folders of peft, RWKV-PEFT's files, as far as `foreign` tells enough of them, and initial
+    states of web-rwkv, by the names `web` of the model.
     """
-    if hf.is_folder(path):
-        return hf.read_folder(path)
-    info = read_info(path)
-    return (open_tensors(path), info) if info is not None else open_foreign(path, foreign)
+    if not hf.is_folder(path):
+        check_file(path)
+        if not is_safetensors(path) and (info := read_info(path)) is not None:
+            return open_tensors(path), info
+    return open_foreign(path, foreign, web)
 
 
-def open_foreign(path: str | Path, foreign: Foreign) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def open_foreign(path: str | Path, foreign: Foreign, web: WebNames | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if hf.is_folder(path):
         return hf.read_folder(path)
-    return translate(path, open_tensors(path), foreign, open_tensors(foreign.init) if foreign.init else None)
+    tensors = open_tensors(path)
+    if web and is_safetensors(path):
+        tensors = {name: web_tensor(web, name, tensor) for name, tensor in tensors.items()}
+    return translate(path, tensors, foreign, open_tensors(foreign.init) if foreign.init else None)
 
 
 def load_adapter(

@@ -56,6 +56,8 @@ def as_lora(
         exact = exact_factors(layer)
         rank = rank or (len(exact[0]) if exact else layer.config.r)
         update = layer.merged_weight() - dense(layer.weight).to(layer.dtype)
+        if not all(x.isfinite() for x in update.aminmax()):
+            raise UserError(f"{adapter.path}: the update of {name} holds NaN or infinity; the training diverged")
         A, B = exact if exact and len(exact[0]) <= rank else best_factors(update, rank)
         sizes[name] = update.norm().item(), (update - B @ A).norm().item()
         missing = rank - len(A)  # a smaller projection than the rank, or a LoRA of less

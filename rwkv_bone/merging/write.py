@@ -34,9 +34,9 @@ def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: 
         write_pth(path, layout, tensors)
         return
     web = web_names(job)
-    theirs = {web_rwkv.web_name(web, name): (dtype, web_rwkv.web_shape(web, name, shape)) for name, (dtype, shape) in layout.items()}
+    theirs = {web_rwkv.web_name(web, n): (dtype, web_rwkv.web_shape(web, n, shape)) for n, (dtype, shape) in layout.items()}
     with atomic(path) as file:
-        write_safetensors(file, theirs, ((web_rwkv.web_name(web, name), web_rwkv.web_tensor(web, name, t)) for name, t in tensors))
+        write_safetensors(file, theirs, ((web_rwkv.web_name(web, n), web_rwkv.web_tensor(web, n, t)) for n, t in tensors))
 
 
 def write_model(job: Merge, path: Path, format: str) -> None:
@@ -93,11 +93,11 @@ def write_state(job: Merge, output: Path, format: str) -> str:
             tensors[name] = converted(tensor, dtype, name, source)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(job, output, format, layout, tensors.items())
-    readers = "web-rwkv, Ai00 and RWKV-Runner's WebGPU mode" if format == "safetensors" else "RWKV-Runner, and what uses the rwkv package"
+    readers = "web-rwkv, Ai00, RWKV-Runner's WebGPU mode" if format == "safetensors" else "RWKV-Runner, chats on the rwkv package"
     return f"written    {output}: initial states of {len(tensors)} layers, for {readers}"
 
 
 STATE_INSIDE = """\
-note       the written model holds a trained initial state. This program and the rwkv package (RWKV-6) begin from it; web-rwkv, Ai00
-           and the rwkv package (RWKV-7) pass over it; rwkv.cpp cannot load the file. --as state writes the state alone, for
-           programs that take it beside the base: --output state.pth (RWKV-Runner) or state.st (web-rwkv, Ai00)"""
+note       the written model holds a trained initial state. This program and the rwkv package (RWKV-6) begin from it; web-rwkv,
+           Ai00 and the rwkv package (RWKV-7) pass over it; rwkv.cpp cannot load the file. --as state writes the state alone,
+           for programs that take it beside the base: --output state.pth (RWKV-Runner) or state.st (web-rwkv, Ai00)"""
