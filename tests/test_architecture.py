@@ -15,8 +15,8 @@ SIZES = {"vocab_size": 8, "n_layer": 2, "n_embd": 64, "head_size": 32}
 NAMES_ALLOWED = {
     "interop/rwkv_peft.py": "reads files of RWKV-PEFT, whose names are fixed",
 }
-# Components of names that are words of their own, or parts that people name in flags.
-GENERIC = {"emb", "head", "att", "ffn", "key", "value", "receptance", "gate", "output", "weight", "bias"}
+# Components of names that are words of their own (g1: a chat template and the releases it is for), or parts named in flags.
+GENERIC = {"emb", "head", "att", "ffn", "key", "value", "receptance", "gate", "output", "g1", "weight", "bias"}
 
 
 def module_name(path: Path) -> str:

@@ -44,7 +44,6 @@ HARMLESS: dict[str, tuple[str, ...]] = {  # taken at these values; () is a switc
     "head_size_divisor": ("8",),
     "weight_decay_final": ("-1",),
     "dropout": ("0", "0.0"),
-    "optim": ("none", "adam"),
     "optimizer": ("none", "adam"),
     "avg_loss": ("0",),
     "l2warp_sparse": ("0",),
@@ -67,6 +66,7 @@ REFUSED: dict[str, Mapping[str, str] | str] = {  # flag -> why, or value -> why
         "npu": "Ascend NPUs are not supported; use gpu or cpu",
     },
     "precision": {"fp16": "fp16 is not supported (small gradients vanish in it); use bf16, or fp32 where the device has no bf16"},
+    "optim": {"adam_mini": "Adam-mini is not supported; leave the flag out for AdamW"},
     "quant": {
         "fp8": "weights in fp8 are not supported; use int8 or nf4",
         "fp4": "weights in fp4 are not supported; use nf4",
@@ -233,6 +233,8 @@ def harmless(line: Line) -> None:
             if usual and value not in usual:
                 raise UserError(f"--{name} {value}: has no meaning here and is taken only at its usual value {usual[0]}")
             line.drop(name)
+    if line.words("optim") in (["none"], ["adam"]):  # their names of AdamW
+        line.drop("optim")
 
 
 def version(line: Line) -> None:

@@ -181,9 +181,9 @@ class FrozenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """x (..., in) -> (..., out), in x's dtype (under autocast: in its)."""
         y = FrozenProduct.apply(None, x.reshape(-1, x.shape[-1]), self.weight)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.weight.shape[0])
+        return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.weight.shape[0])
 
 
 def row_panels(rows: int, size: int = 256) -> Iterator[slice]:

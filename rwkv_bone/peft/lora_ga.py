@@ -78,7 +78,7 @@ def start_from_gradients(
         model.zero_grad(set_to_none=True)
         for layer, gradient in zip(group, gradients):
             if not gradient.any():
-                raise UserError("lora_ga: the first batches give a projection no gradient; give others, or more --init_batches")
+                raise UserError("lora_ga: the first batches give a projection no gradient; give others, or a larger init_batches")
             layer.start(gradient / len(batches))  # type: ignore[call-arg]
 
 
@@ -104,7 +104,7 @@ def gathers(gradient: Tensor) -> Callable:
         x = inputs[0].detach().flatten(0, -2)
 
         def on_backward(g):
-            gradient.add_(g.flatten(0, -2).T @ x)
+            gradient.add_(g.flatten(0, -2).T @ x.to(g.dtype))  # under autocast x may be of another dtype
 
         if output.requires_grad:
             output.register_hook(on_backward)

@@ -78,7 +78,9 @@ def make_model(config: TrainConfig) -> LanguageModel:
 
 
 def check_features(model: LanguageModel, config: TrainConfig) -> None:
-    """Refuse what this model does not have, or the device."""
+    """Refuse what this model, objective or device does not have."""
+    if config.train_type == "infctx" and not OBJECTIVES[config.objective].in_chunks:
+        raise UserError(f"--train_type infctx: batches of --objective {config.objective} cannot be cut into chunks; leave it out")
     wanted = {"--train_type infctx": ("infctx", config.train_type == "infctx"), "--op": ("op", config.op != "auto"),
               "--train_type state": ("state", config.train_type == "state")}  # fmt: skip
     for flag, (feature, asked) in wanted.items():
