@@ -1,7 +1,6 @@
 """Samples and batches: every token that can be trained is trained once, devices share the work, padding changes nothing."""
 
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -9,10 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.documents import Documents
 from rwkv_bone.data.rows import Tally
-from rwkv_bone.data.samples import EMPTY, Batches, BatchSampler, Samples, magic_prime, magic_slots, pack
+from rwkv_bone.data.samples import EMPTY, BatchSampler, Samples, collate, magic_prime, magic_slots, pack, summary_of
 from rwkv_bone.errors import UserError
+from rwkv_bone.training.loader import TrainingData
+from tests.conftest import small_model
 
 sizes_of_documents = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(lambda sizes: max(sizes) > 1)
 
@@ -22,6 +24,17 @@ def make(sizes, mask=None, gap=0, base=1000):
     sizes = np.array(sizes)
     tokens = np.arange(base, base + sizes.sum() + gap * len(sizes))
     return Documents(tokens, np.cumsum(sizes + gap) - sizes - gap, sizes, mask)
+
+
+def epochs(documents, dataload="pad", ctx_len=512, micro_bsz=1, rank=0, world=1, seed=0, shuffle=False):
+    config = TrainConfig(data_file="-", dataload=dataload, ctx_len=ctx_len, micro_bsz=micro_bsz, data_shuffle=shuffle)
+    return TrainingData.of_documents(documents, config).epochs(rank, world, seed)
+
+
+def batches(*args, epoch=0, **options):
+    """All batches of an epoch on one device."""
+    of = epochs(*args, **options)
+    return [of.batch(epoch, number) for number in range(len(of))]
 
 
 def predicted(samples):
@@ -73,9 +86,8 @@ def test_only_masked_in_tokens_are_targets(sizes, ctx_len, data):
 
 @given(sizes_of_documents, st.integers(1, 30))
 def test_packed_rows_have_a_separator_before_each_piece_but_the_first(sizes, ctx_len):
-    batches = Batches(make(sizes), "pack", ctx_len, micro_bsz=3, shuffle=False)
     seen = 0
-    for batch in batches:
+    for batch in batches(make(sizes), "pack", ctx_len, micro_bsz=3):
         for idx, targets, reset in zip(batch["idx"], batch["targets"], batch["reset"]):
             firsts = reset.nonzero().flatten().tolist()
             ends = [*(first - 1 for first in firsts[1:]), None]
@@ -136,19 +148,19 @@ def test_get_reads_slices_across_documents_and_obeys_the_mask():
     mask = np.ones(60, np.uint8)
     mask[10:20] = 0
     documents = make([7, 30, 23], mask)
-    batches = Batches(documents, "get", 5, micro_bsz=2, shuffle=True)
-    rows = [row for batch in batches for row in batch["idx"].tolist()]
+    found = batches(documents, "get", 5, micro_bsz=2, shuffle=True)
+    rows = [row for batch in found for row in batch["idx"].tolist()]
     assert rows == [[1000 + 5 * slot + k for k in range(5)] for slot in magic_slots(60, 5)], "shuffling is not for get"
-    targets = {t for batch in batches for t in batch["targets"].flatten().tolist()}
+    targets = {t for batch in found for t in batch["targets"].flatten().tolist()}
     assert targets == {-100, *range(1001, 1010), *range(1020, 1056)}
-    assert batches.samples.cut == 59 - 55
+    assert Samples(documents, "get", 5).cut == 59 - 55
 
 
 def test_devices_share_gets_samples_as_rwkv_lm_does():
     documents, world, micro_bsz = make([120]), 2, 2
     for rank in range(world):
-        batches = Batches(documents, "get", 4, micro_bsz, rank, world)
-        found = [row[0] for batch in batches for row in batch["idx"].tolist() if row[0]]
+        mine = batches(documents, "get", 4, micro_bsz, rank, world)
+        found = [row[0] for batch in mine for row in batch["idx"].tolist() if row[0]]
         numbers = range(1 + rank, 29 + 1, world)  # i = 1 + index * world + rank
         assert found == [1000 + 4 * magic_slots(120, 4)[i - 1] for i in numbers]
 
@@ -199,50 +211,45 @@ def test_the_order_stays_what_it_was():
 # --- batches
 
 
-def test_rows_are_padded_to_the_longest_rounded_up_or_to_ctx_len():
+def test_rows_are_padded_to_the_longest_rounded_up():
     documents = make([4, 20, 3, 90])
-    for options, widths in (({}, [32, 64]), ({"pad_full": True}, [64, 64])):
-        batches = Batches(documents, "pad", 64, 2, shuffle=False, **options)
-        found = list(batches)
-        assert [batch["idx"].shape for batch in found] == [(2, width) for width in widths]
-        row, targets = found[0]["idx"][0], found[0]["targets"][0]
-        assert row.tolist() == [1000, 1001, 1002] + [0] * (widths[0] - 3)
-        assert targets.tolist() == [1001, 1002, 1003] + [-100] * (widths[0] - 3)
-        assert found[0]["tokens"] == 3 + 19 and found[1]["tokens"] == 2 + 64
-        assert set(found[0]) == {"idx", "targets", "tokens"}
-        assert all(t.dtype == torch.int64 for t in found[0].values())
-    assert [b["idx"].shape[1] for b in Batches(documents, "pad", 70, 2, shuffle=False)] == [32, 70], "never beyond ctx_len"
-    assert [b["idx"].shape for b in Batches(documents, "only", 64, 1, shuffle=False)] == [(1, 3), (1, 19), (1, 2), (1, 64)]
+    found = batches(documents, "pad", 64, 2)
+    assert [batch["idx"].shape for batch in found] == [(2, 32), (2, 64)]
+    row, targets = found[0]["idx"][0], found[0]["targets"][0]
+    assert row.tolist() == [1000, 1001, 1002] + [0] * 29
+    assert targets.tolist() == [1001, 1002, 1003] + [-100] * 29
+    assert found[0]["tokens"] == 3 + 19 and found[1]["tokens"] == 2 + 64
+    assert set(found[0]) == {"idx", "targets", "tokens"}
+    assert all(t.dtype == torch.int64 for t in found[0].values())
+    assert [b["idx"].shape[1] for b in batches(documents, "pad", 70, 2)] == [32, 70], "never beyond ctx_len"
+    assert [b["idx"].shape for b in batches(documents, "only", 64, 1)] == [(1, 3), (1, 19), (1, 2), (1, 64)]
 
 
 def test_token_0_inside_a_document_is_a_token_like_others():
     documents = Documents(np.array([5, 0, 0, 7, 0]), [0], [5])
-    batch = next(iter(Batches(documents, "pad", 16)))
+    batch = batches(documents, "pad", 16)[0]
     assert batch["targets"][0].tolist() == [0, 0, 7, 0] + [-100] * 12 and batch["tokens"] == 4
 
 
-@given(sizes_of_documents, st.sampled_from(["pad", "chunk", "pack", "only"]), st.integers(1, 3), st.integers(1, 3), st.booleans())
-def test_the_summary_counts_what_the_batches_hold(sizes, dataload, micro_bsz, world, pad_full):
+@given(sizes_of_documents, st.sampled_from(["pad", "chunk", "pack", "only"]), st.integers(1, 3), st.integers(1, 3))
+def test_the_summary_counts_what_the_batches_hold(sizes, dataload, micro_bsz, world):
     micro_bsz = 1 if dataload == "only" else micro_bsz
     mask = (np.arange(sum(sizes)) % 3 > 0).astype(np.uint8)
     documents = make(sizes, mask)
     try:
-        per_device = [
-            Batches(documents, dataload, 7, micro_bsz, rank, world, seed=2, epoch=1, pad_full=pad_full) for rank in range(world)
-        ]
+        per_device = [batches(documents, dataload, 7, micro_bsz, rank, world, shuffle=False) for rank in range(world)]
     except UserError as error:
         assert "nothing to train" in str(error)
         return
-    summary = per_device[0].summary()
-    found = [batch for batches in per_device for batch in batches]
+    first = epochs(documents, dataload, 7, micro_bsz, 0, world)
+    summary = summary_of(first.samples, first.sampler, 1 if dataload == "only" else 32)
+    found = [batch for device in per_device for batch in device]
     assert summary.slots == sum(batch["idx"].numel() for batch in found)
     assert summary.inputs == sum(int(batch["tokens"]) for batch in found)
     assert summary.trained == sum(int((batch["targets"] != -100).sum()) for batch in found)
-    assert summary.batches == len(per_device[0]) and summary.documents == len(sizes) and summary.longest == max(sizes)
+    assert summary.batches == len(first) and summary.documents == len(sizes) and summary.longest == max(sizes)
     assert summary.tokens == sum(sizes) and summary.inputs + summary.cut + sum(size > 0 for size in sizes) == sum(sizes)
     assert 0 <= summary.padding < 1
-    if pad_full:
-        assert {batch["idx"].shape[1] for batch in found} == {7}
 
 
 def test_the_summary_for_people():
@@ -250,7 +257,8 @@ def test_the_summary_for_people():
     mask[:3] = 0
     documents = make([3, 90, 1], mask)
     documents.tally = Tally(rows=7, left_out={"empty answers": [4, "d, line 2"]}, unread={"source": 7})
-    lines = Batches(documents, "pad", 64, 2).summary().lines()
+    samples = Samples(documents, "pad", 64)
+    lines = summary_of(samples, BatchSampler(len(samples), 2, shuffle=False)).lines()
     assert lines == [
         "data: 3 documents, 94 tokens, longest 90; 1 of them are a single token and left out",
         "warning: 4 of 7 rows left out: 4 empty answers (first: d, line 2)",
@@ -261,41 +269,76 @@ def test_the_summary_for_people():
     ]
 
 
-@pytest.mark.parametrize("dataload", ["pad", "pack"])
-def test_loader_processes_give_the_same_batches(dataload):
-    batches = Batches(make([9, 14, 3, 22, 7, 5, 11]), dataload, 16, 2, seed=1)
-    for other in (batches.loader(0), batches.loader(2), [batches.batch(0, k) for k in range(len(batches))]):
-        assert len(other) == len(batches)
-        for one, two in zip(batches, other, strict=True):
-            assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
-    again = pickle.loads(pickle.dumps(batches))
-    assert all(torch.equal(one["idx"], two["idx"]) for one, two in zip(batches, again, strict=True))
+# --- which micro batches make a step
+
+
+def run_of(n, **given):
+    config = TrainConfig(data_file="-", ctx_len=8, dataload="pad", **given)
+    return TrainingData.of_documents(make([5] * n), config)
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(1, 2), st.integers(0, 9), st.integers(1, 3))
+def test_steps_go_through_the_data_pass_by_pass_and_a_capped_epoch_goes_on_where_the_last_ended(n, micro, many, world, cap, count):
+    data = run_of(n, micro_bsz=micro, accumulate_grad_batches=many, epoch_steps=cap, epoch_count=count)
+    per_epoch = data.steps_per_epoch(world)
+    whole = -(-(-(-(-(-n // world)) // micro)) // many)
+    assert per_epoch == (min(cap, whole) if cap else whole)
+    places = [place for step in range(per_epoch * count) for place in data.places(step, world)]
+    of_a_pass = data.micro_batches_per_epoch(world)
+    assert places == [divmod(i, of_a_pass) for i in range(len(places))]  # none left out, none twice
+    seen = {i for rank in range(world) for place in places for i in data.epochs(rank, world, 3).sampler.batch(*place)}
+    unseen = n - len(seen - {EMPTY})
+    assert unseen == 0 if len(places) >= of_a_pass else abs(data.unseen(world) - unseen) < world
+
+
+def test_get_with_capped_epochs_reads_new_slices_in_each():
+    """RWKV-LM's epoch of epoch_steps steps is a piece of one long order: N x E steps read N x E x micro_bsz different slices."""
+    config = TrainConfig(data_file="-", dataload="get", ctx_len=4, micro_bsz=2, epoch_steps=3, epoch_count=4)
+    data = TrainingData.of_documents(make([300]), config)
+    rows = [row[0] for step in data.steps(0, 1, 0, 0, 12) for micro in step for row in micro["idx"].tolist()]
+    assert rows == [1000 + 4 * slot for slot in magic_slots(300, 4)[:24]] and len(set(rows)) == 24
+    (line,) = [line for line in data.describe(1) if "--epoch_steps" in line]
+    assert f"{len(data.samples) - 24:,}" in line
+
+
+def test_an_epoch_of_rwkv_peft_has_exactly_epoch_steps_steps():
+    data = run_of(6, micro_bsz=2, epoch_steps=7, repeat_data=True)
+    assert data.steps_per_epoch(1) == 7
+    assert [data.places(step, 1) for step in range(7)] == [[divmod(i, 3)] for i in range(7)]
+    assert run_of(6, micro_bsz=2, epoch_steps=7).steps_per_epoch(1) == 3
+
+
+def test_steps_from_any_step_on_are_those_of_the_whole_run():
+    data = run_of(9, micro_bsz=2, accumulate_grad_batches=2, epoch_count=3)
+    whole = list(data.steps(0, 1, 5, 0, 9))
+    for a, b in zip(whole[4:], data.steps(0, 1, 5, 4, 9), strict=True):
+        assert all(torch.equal(one[name], two[name]) for one, two in zip(a, b, strict=True) for name in one)
 
 
 @pytest.mark.parametrize("options, message", [
     ({"dataload": "random"}, "--dataload random is not known; choose from pad, only, chunk, pack, get"),
     ({"dataload": "only", "micro_bsz": 2}, "one document a batch, not --micro_bsz 2"),
     ({"dataload": "get", "ctx_len": 10}, "needs 3 x ctx_len tokens, got 29 for ctx_len 10"),
-    ({"ctx_len": 0}, "--ctx_len 0"),
-    ({"micro_bsz": 0}, "--micro_bsz 0"),
+    ({"ctx_len": 0}, "--ctx_len"),
+    ({"micro_bsz": 0}, "--micro_bsz"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
-        Batches(make([29]), **options)
+        batches(make([29]), **options)
 
 
 def test_documents_with_nothing_to_predict_are_an_error():
     with pytest.raises(UserError, match="no document has two tokens"):
-        Batches(make([1, 0, 1]))
+        batches(make([1, 0, 1]))
 
 
 # --- with a model: the loss is that of each document alone
 
 
-def summed_losses(model, batches):
+def summed_losses(model, data):
     """{target token's place: its loss}: in float64, every document's tokens being distinct."""
     found = {}
-    for batch in batches:
+    for batch in data:
         hidden, _ = model.hidden(batch["idx"], reset=batch.get("reset"))
         losses = torch.nn.functional.cross_entropy(
             model.head(hidden).transpose(1, 2), batch["targets"], ignore_index=-100, reduction="none"
@@ -307,17 +350,11 @@ def summed_losses(model, batches):
 
 @pytest.mark.parametrize("sizes", [[5, 12, 2, 7, 3, 9], [2, 2, 2, 17, 16]])
 def test_packed_and_padded_tokens_have_the_loss_they_have_alone(sizes):
-    from rwkv_bone.models.x060 import RWKV, ModelConfig
-
-    torch.manual_seed(0)
-    model = RWKV(ModelConfig.new(vocab_size=100, n_layer=2, n_embd=16, head_size=8)).initialise().double()
-    model.op = "torch"
-    for p in model.parameters():  # a new model has zeros where a mistake would hide
-        torch.nn.init.normal_(p, std=0.5)
+    model = small_model(vocab_size=100)
     documents = make(sizes, base=1)
     with torch.no_grad():
-        alone = summed_losses(model, Batches(documents, "only", 16, 1))
+        alone = summed_losses(model, batches(documents, "only", 16, 1))
         for dataload in ("pad", "pack"):
-            together = summed_losses(model, Batches(documents, dataload, 16, 3))
+            together = summed_losses(model, batches(documents, dataload, 16, 3))
             assert together.keys() == alone.keys()
             assert max(abs(together[k] - alone[k]) for k in alone) < 1e-10
