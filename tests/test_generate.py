@@ -75,8 +75,7 @@ class Parrot(torch.nn.Module):
     def __init__(self, script: list[int], vocab_size: int, heard: int):
         super().__init__()
         self.script, self.heard = torch.tensor([0] * heard + script), heard
-        self.config = SimpleNamespace(vocab_size=vocab_size)
-        self.emb = SimpleNamespace(weight=torch.zeros(1))
+        self.sizes, self.device = SimpleNamespace(vocab_size=vocab_size), torch.device("cpu")
 
     def hidden(self, idx, state=None):
         at = state[0].wkv if state else torch.zeros(len(idx), dtype=torch.int64)
@@ -84,7 +83,7 @@ class Parrot(torch.nn.Module):
         return positions, [LayerState(at, positions[:, -1], at)]
 
     def head(self, positions):
-        return 100.0 * torch.nn.functional.one_hot(self.script[positions], self.config.vocab_size)
+        return 100.0 * torch.nn.functional.one_hot(self.script[positions], self.sizes.vocab_size)
 
 
 def say(tokenizer, script: list[int], **kwargs):
