@@ -35,7 +35,7 @@ PROMPT = [1, 2, 3, 5, 8, 13, 21, 34]
 
 def ours(path: str, batch: int, dtype: torch.dtype) -> Callable[[int], list[int]]:
 
-    from rwkv_bone.generate.command import read, step
+    from rwkv_bone.generate import read, step
 
     model = load_model(path, dtype)
 

@@ -14,7 +14,6 @@ from rwkv_bone.interop.rwkv_peft_flags import REFUSED as REFUSED_FLAGS
 from rwkv_bone.interop.rwkv_peft_methods import CONFIGS, method_from_community
 from rwkv_bone.interop.rwkv_peft_methods import LORA as JSON_LORA
 from rwkv_bone.interop.rwkv_peft_methods import PISSA as JSON_PISSA
-from rwkv_bone.models import VERSIONS
 
 # ---------------------------------------------------------------- the JSON of a method
 
@@ -241,9 +240,7 @@ REFUSED = [
 
 
 def line(flags: str, *more: str) -> TrainConfig:
-    """The configuration of COMMON and `flags`; RWKV-7 lines stand for RWKV-6 while that is the only model."""
-    if "x070" not in VERSIONS:
-        flags = flags.replace("x070", "x060")
+    """The configuration of COMMON and `flags`."""
     files = ["--load_model", "base.pth", "--data_file", __file__]
     return TrainConfig.from_argv([*files, *COMMON, *more, *shlex.split(flags)])
 

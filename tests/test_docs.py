@@ -176,7 +176,7 @@ def test_what_cannot_run_here_is_what_its_programs_take(tmp_path):
             assert done.returncode == 0, command
         elif begin == "pip install":
             for word in words[2:]:
-                extra = re.fullmatch(r"\.\[(.*)\]", word)
+                extra = re.fullmatch(r"(?:\.|rwkv-bone)\[(.*)\]", word)
                 for name in extra[1].split(",") if extra else [word] if "=" not in word and word[0] != "-" else []:
                     assert name == "constraints.txt" or re.search(rf'\b{re.escape(name)}\b', project), f"{page}: {name}"
         elif begin in ("torchrun", "srun"):

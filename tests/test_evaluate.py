@@ -29,7 +29,7 @@ from rwkv_bone.evaluate.original import gsm8k_answer, math_answer, math_equal
 from rwkv_bone.evaluate.results import Results
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import save_tensors
-from rwkv_bone.generate.command import GREEDY, Completion, generate
+from rwkv_bone.generate import GREEDY, Completion, generate
 
 BYTES = ByteTokenizer(257)
 

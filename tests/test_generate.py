@@ -19,8 +19,8 @@ from rwkv_bone.evaluate.command import main as evaluate
 from rwkv_bone.files.adapters import save_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
-from rwkv_bone.generate import command as module
-from rwkv_bone.generate.command import GREEDY, Conversation, Sampling, completions, generate, main, read, sample
+from rwkv_bone.generate import GREEDY, Conversation, Sampling, completions, generate, read, sample, sampling
+from rwkv_bone.generate.command import main
 from rwkv_bone.models.x060 import LayerState
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
 
@@ -75,8 +75,7 @@ class Parrot(torch.nn.Module):
     def __init__(self, script: list[int], vocab_size: int, heard: int):
         super().__init__()
         self.script, self.heard = torch.tensor([0] * heard + script), heard
-        self.config = SimpleNamespace(vocab_size=vocab_size)
-        self.emb = SimpleNamespace(weight=torch.zeros(1))
+        self.sizes, self.device = SimpleNamespace(vocab_size=vocab_size), torch.device("cpu")
 
     def hidden(self, idx, state=None):
         at = state[0].wkv if state else torch.zeros(len(idx), dtype=torch.int64)
@@ -84,7 +83,7 @@ class Parrot(torch.nn.Module):
         return positions, [LayerState(at, positions[:, -1], at)]
 
     def head(self, positions):
-        return 100.0 * torch.nn.functional.one_hot(self.script[positions], self.config.vocab_size)
+        return 100.0 * torch.nn.functional.one_hot(self.script[positions], self.sizes.vocab_size)
 
 
 def say(tokenizer, script: list[int], **kwargs):
@@ -185,7 +184,7 @@ PROMPTS = ["a", "", "Once upon a time", "éü", "a", "zz zz zz zz", "Once upon a
 @pytest.mark.parametrize("at_once", [1, 24, 10000])
 def test_prompts_of_different_lengths_read_at_once_give_what_each_gives_alone(make_model, monkeypatch, time_state, at_once):
     model = make_model(vocab_size=257, time_state=time_state)
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", at_once)
     prompts = [BYTES.encode(prompt) or [0] for prompt in PROMPTS]
     _, start = model(torch.tensor([[5, 6, 7]]))
     for state in (None, start):
@@ -239,13 +238,13 @@ def test_an_empty_prompt_begins_a_document(byte_model):
 
 def test_finished_rows_make_room_before_the_batch_is_over(byte_model, monkeypatch):
     sizes = []
-    monkeypatch.setattr(module, "step", lambda model, tokens, state: sizes.append(len(tokens)) or step(model, tokens, state))
+    monkeypatch.setattr(sampling, "step", lambda model, tokens, state: sizes.append(len(tokens)) or step(model, tokens, state))
     step_tokens = [len(c.tokens) for c in generate(byte_model, BYTES, [f"{i}" for i in range(12)], GREEDY, 16, ("a", "e"), 0, 4)]
     assert max(sizes) == 4 and sum(sizes) == sum(step_tokens) - 12
     assert len(sizes) < 3 * 16  # three batches one after the other, each as long as its longest
 
 
-step = module.step
+step = sampling.step
 
 
 # ---------------------------------------------------------------- ends and streams

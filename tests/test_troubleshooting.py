@@ -21,10 +21,10 @@ ROWS = [re.findall(r"`([^`]+)`", line.split(" | ")[0]) for line in TABLE.splitli
 
 MERGE = ["--base_model", "other.pth", "--peft_checkpoint", "run/rwkv-0.pth", "--output", "merged.pth"]
 PROVOKED = {  # the row's first quotation: flags of train.py, or a command line of merge.py
-    "wanted an RWKV-6 (x060) .pth, this is an RWKV-7 model": ["--load_model", "v7.pth"],
+    "wanted a model of RWKV-6 (x060), RWKV-7 (x070)": ["--load_model", "v5.pth"],
     "not a .pth of tensors": ["--load_model", "half.pth"],
     "--n_layer 3 contradicts base.pth, which has 2": ["--load_model", "base.pth", "--n_layer", "3"],
-    "--parts attn names no projection of this model": ["--parts", "attn"],
+    "attn names no linear layer of this model": ["--parts", "attn"],
     "the World vocabulary is not here": ["--tokenizer", "world"],
     "no tokenizer is known for a vocabulary of 2048": ["--load_model", "other.pth"],
     "line 2": ["--data_file", "broken.jsonl"],
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
     whole = (folder / "base.pth").read_bytes()
     (folder / "half.pth").write_bytes(whole[: len(whole) // 2])
     (folder / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
-    save_tensors(folder / "v7.pth", {"emb.weight": torch.ones(257, 32), "blocks.0.att.r_k": torch.ones(4, 8)})
+    save_tensors(folder / "v5.pth", {f"blocks.0.att.{name}": torch.ones(4, 8) for name in ("time_decay", "ln_x.weight")})
     other = small_model(dtype=torch.bfloat16, vocab_size=2048, n_embd=32, dim_att=32, dim_ffn=64)
     save_tensors(folder / "other.pth", other.state_dict())
     assert train(arguments(folder, "--epoch_steps", 1)) == 0
@@ -83,24 +83,24 @@ MISTAKES = [  # what a new user types: the words after the command, and what is 
     (T, "--load_model data.jsonl", "data.jsonl: not a .pth of tensors"),
     (T, "--data_file nothere.jsonl", "nothere.jsonl: no such file"),
     (T, "--data_file base.pth", "base.pth is neither a binidx prefix nor named .jsonl, .json"),
-    (T, "--data_file run", "run holds several kinds of data (.json, .jsonl, .txt); name one"),
+    (T, "--data_file run", "run holds several kinds of data"),
     (T, "--data_file list.json --data_type utf-8", "list.json holds JSON objects"),
     (T, "--data_file data.jsonl --data_type binidx", "data.jsonl is neither a binidx prefix nor"),
     (T, "--data_file named.jsonl", "got the fields 'frage', 'antwort'; name them by --fields"),
-    (T, "--data_file base.npy --fields question=frage", "--fields, --template and --format are for jsonl, and base.npy is none"),
+    (T, "--data_file base.npy --fields question=frage", "--fields, --template and --format are for rows, and base.npy is numpy"),
     (T, "--peft lorra", "--peft lorra: unknown; there are none, bone"),
     (T, "--learning-rate 1e-4", "unknown flag --learning-rate; did you mean --lr_init?"),
     (T, "--lora_r=8", "unknown flag --lora_r; did you mean --r?"),
     (T, "--ctxlen 128", "unknown flag --ctxlen; did you mean --ctx_len?"),
     (T, "--lr_init fast", "argument --lr_init: invalid float value: 'fast'"),
-    (T, "--quant nf4", "--quant nf4 needs bitsandbytes; pip install 'rwkv-bone[quant]'"),
+    (T, "--quant nf4", "nf4 needs bitsandbytes; pip install 'rwkv-bone[quant]'"),
     (T, "--proj_dir data.jsonl", "--proj_dir data.jsonl: cannot be written"),
     (T, "--peft_checkpoint base.pth", "base.pth: is a whole model, not an adapter"),
     (M, "--base_model base.pth --peft_checkpoint base.pth --output m.pth", "base.pth: is a whole model, not an adapter"),
     (M, "--base_model base.pth --peft_checkpoint run --output m.pth", "run: not a file"),
-    (M, "--base_model run/rwkv-0.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "this is not an RWKV model"),
+    (M, "--base_model run/rwkv-0.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "this is no model known here"),
     (M, "--base_model wide.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "was trained on another base (base.pth)"),
-    (["generate"], "--model run/rwkv-0.pth --prompt a", "this is not an RWKV model"),
+    (["generate"], "--model run/rwkv-0.pth --prompt a", "this is no model known here"),
     (["generate"], "--model base.pth", "give --prompt or --prompt_file, or --chat"),
     (["evaluate", "gsm8k"], "--model base.pth --data data.jsonl", "data.jsonl, line 1: "),
     (["plot"], "nothere", "nothere: No such file"),

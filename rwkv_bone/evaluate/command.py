@@ -21,7 +21,8 @@ from ..data.encode import RowEncoder, parse_fields
 from ..data.files import find_files
 from ..data.templates import Template
 from ..errors import Parser, UserError
-from ..generate.command import GREEDY, add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
+from ..generate import GREEDY
+from ..generate.command import add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
 from ..models import LanguageModel
 from ..ops.float32 import set_matmul_backend
 from . import loss, problems

@@ -15,7 +15,7 @@ from ..data.encode import RowEncoder
 from ..data.files import read_batches
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..generate.command import Sampling, completions, read
+from ..generate import Sampling, completions, read
 from ..models import LanguageModel, State
 from ..terminal import Progress
 from .grading import SECONDS, Grader

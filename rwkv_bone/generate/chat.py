@@ -1,0 +1,78 @@
+"""Chat: a conversation that carries the model's state from turn to turn, and its dialogue on the terminal."""
+
+import contextlib
+import sys
+from typing import Any
+
+from ..data.templates import Template
+from ..data.tokenizer import Tokenizer
+from ..models import LanguageModel, State
+from .sampling import DEFAULT, Sampling, generate, read
+
+
+class Conversation:
+    """A chat that remembers: the state after all that was said, and the tokens not yet read into it."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, template: Template | None = None, system: str = ""):
+        self.model, self.tokenizer, self.template = model, tokenizer, template or Template.open()
+        self.messages = as_messages("", system)[:-1]
+        self.state: State | None = None
+        self.unread: list[int] = []
+        self.turns = 0
+
+    def ask(self, message: str, sampling: Sampling = DEFAULT, max_tokens: int = 1000, seed: int = 0, on_text=None) -> str:
+        """The reply to a message. An interrupt (Ctrl-C) ends the reply, and what was said so far counts."""
+        self.messages.append({"role": "user", "content": message})
+        tokens = [*self.unread, *self.tokenizer.encode(self.template.turn(self.messages))]
+        if len(tokens) > 1:
+            _, self.state = read(self.model, [tokens[:-1]], self.state)
+        pieces: list[str] = []
+
+        def say(_, piece: str) -> None:
+            pieces.append(piece)
+            if on_text:
+                on_text(piece)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            generate(
+                self.model, self.tokenizer, [tokens[-1:]], sampling, max_tokens, self.template.stops,
+                seed=seed + self.turns, state=self.state, on_text=lambda index, piece: say(index, piece),
+            )  # fmt: skip
+        self.turns += 1
+        reply = "".join(pieces).rstrip()
+        # The state stands before the reply, which is read again with the next message: what was sampled may go beyond
+        # its end (into "User:"), and is not always how the tokenizer cuts the text.
+        self.unread = [tokens[-1], *self.tokenizer.encode(reply + self.template.turn_end)]
+        self.messages.append({"role": "assistant", "content": reply.strip()})
+        return reply
+
+
+def as_messages(prompt: str, system: str = "", given: str = "") -> list[dict[str, Any]]:
+    """A question as messages, with a system message and an input where there are some."""
+    user = {"role": "user", "content": prompt} | ({"input": given} if given else {})
+    return [{"role": "system", "content": system}, user] if system else [user]
+
+
+def chat(
+    model: LanguageModel, tokenizer: Tokenizer, template: Template, sampling: Sampling, max_tokens: int, seed: int, system: str
+):
+    """Talk on the terminal until the input ends."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (lines can be edited and recalled)
+        print("/new forgets the conversation, Ctrl-C ends a reply, Ctrl-D ends the chat.\n")
+    conversation = Conversation(model, tokenizer, template, system)
+    while True:
+        try:
+            message = input("User: ").strip()
+        except EOFError:
+            print()
+            return
+        if not sys.stdin.isatty():  # from a pipe: no terminal has shown it
+            print(message)
+        if message == "/new":
+            conversation = Conversation(model, tokenizer, template, system)
+        elif message:
+            print("\nAssistant:", end="", flush=True)
+            conversation.ask(message, sampling, max_tokens, seed, on_text=lambda piece: print(piece, end="", flush=True))
+            print("\n")
