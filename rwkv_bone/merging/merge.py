@@ -180,7 +180,7 @@ class Merge:
         """The tensor after adapter i, rounded to `dtype`, on the CPU."""
         before = before.to(self.options.device)
         exact = self.adapters[i].merged(name, before)
-        after = torch.empty_like(exact, dtype=dtype)
+        after = torch.empty(exact.shape, dtype=dtype, device=exact.device)
         effect = self.effects[i].setdefault(self.model.part_of(name), Effect())
         effect.tensors += 1
         for b, e, r in zip(*(t.reshape(-1).split(PIECE) for t in (before, exact, after))):
