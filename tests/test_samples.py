@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.documents import Documents
 from rwkv_bone.data.rows import Tally
-from rwkv_bone.data.samples import EMPTY, BatchSampler, Samples, collate, magic_prime, magic_slots, pack, summary_of
+from rwkv_bone.data.samples import EMPTY, BatchSampler, Samples, magic_prime, magic_slots, pack, summary_of
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.loader import TrainingData
 from tests.conftest import small_model

@@ -39,13 +39,13 @@ class Effect:
         """Add the change of one tensor, or a piece of it; all three have the same shape."""
         b, e, r = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (before, exact, rounded))
         update = e - b
-        moved = int(torch.count_nonzero(update))
+        moved = count(update)
         self.weight += square(b)
         self.update += square(update)
         self.lost += square(r - e)
         self.moved += moved
         # without an update nothing changes, so that what changed in the file is among what has one
-        self.vanished += moved - int(torch.count_nonzero(r - (b if before.dtype == rounded.dtype else before.to(rounded.dtype))))
+        self.vanished += moved - count(r - (b if before.dtype == rounded.dtype else before.to(rounded.dtype)))
 
     def __add__(self, other: "Effect") -> "Effect":
         return Effect(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -63,6 +63,12 @@ def square(x: Tensor) -> float:
     x = x.reshape(-1)
     total = torch.dot(x, x).item()
     return total if math.isfinite(total) and total > 1e-30 else torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
+
+
+def count(x: Tensor) -> int:
+    """How many entries of a tensor in the cache are not 0: exact, as long as it has at most `PIECE` of them."""
+    signs = torch.sign(x.reshape(-1))
+    return int(torch.dot(signs, signs))  # four times as fast as count_nonzero
 
 
 def ratio(part: float, whole: float) -> float:
@@ -180,7 +186,7 @@ class Merge:
         """The tensor after adapter i, rounded to `dtype`, on the CPU."""
         before = before.to(self.options.device)
         exact = self.adapters[i].merged(name, before)
-        after = torch.empty_like(exact, dtype=dtype)
+        after = torch.empty(exact.shape, dtype=dtype, device=exact.device)
         effect = self.effects[i].setdefault(self.model.part_of(name), Effect())
         effect.tensors += 1
         for b, e, r in zip(*(t.reshape(-1).split(PIECE) for t in (before, exact, after))):

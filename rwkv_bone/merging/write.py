@@ -83,14 +83,14 @@ def write_state(job: Merge, output: Path, format: str) -> str:
         source = job.adapters[0].path if job.adapters else job.base_path
         raise UserError(f"{source}: holds no trained initial state; --as state is for what --train_type state trained")
     tensors = {}
-    for name, (dtype, shape) in job.layout.items():
+    for name, (_, shape) in job.layout.items():
         parameter = job.parameter[name]
         if job.kind.is_initial_state(parameter):
             tensor, source = job.start(parameter, shape), job.base_path
             for adapter in job.adapters:
                 if adapter.changes(parameter):
                     tensor, source = adapter.merged(parameter, tensor), adapter.path
-            tensors[name] = converted(tensor, dtype, name, source)
+            tensors[name] = converted(tensor, job.options.dtype or tensor.dtype, name, source)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(job, output, format, layout, tensors.items())
     readers = "web-rwkv, Ai00, RWKV-Runner's WebGPU mode" if format == "safetensors" else "RWKV-Runner, chats on the rwkv package"

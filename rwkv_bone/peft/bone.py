@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.bone import cpu as bone_cpu
 from ..ops.bone import cuda as bone_cuda
-from .adapter import AdapterLinear, ceil_div, dense
+from .adapter import AdapterLinear, ceil_div, dense, row_panels
 from .rounding import add_rounded_
 
 
@@ -128,9 +128,13 @@ class BoneLinear(AdapterLinear):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        weight = dense(self.weight).to(self.dtype)
-        out, in_ = weight.shape
-        r = self.config.r
-        rows = torch.arange(out, device=weight.device) % r
-        update = torch.bmm(blocks(weight, r).transpose(0, 1), self.bone) + self.bone[:, rows]  # (m, out, r)
-        return weight + update.transpose(0, 1).flatten(1)[:, :in_]
+        weight = dense(self.weight)
+        merged = weight.to(self.dtype, copy=True)
+        (out, in_), r = weight.shape, self.config.r
+        size = max(r, 256 // r * r)  # of a panel of rows, which stays in the cache
+        tiled = self.bone[:, torch.arange(min(size, out), device=weight.device) % r]  # (m, size, r)
+        for rows in row_panels(out, size):
+            panel = merged[rows]
+            update = torch.bmm(blocks(panel, r).transpose(0, 1), self.bone).add_(tiled[:, : len(panel)])  # (m, n, r)
+            panel += update.transpose(0, 1).flatten(1)[:, :in_]
+        return merged
