@@ -5,25 +5,13 @@ import functools
 import pytest
 import torch
 
-from rwkv_bone.ops.wkv7 import cpu
+from rwkv_bone.ops.wkv7 import cpu, wkv7_reference
 
 NAMES = ("y", "final state", "r", "log_w", "k", "v", "a", "b", "state")
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 VARIANTS = ["portable", "avx2", "avx512"]
 DTYPES = {"fp32": (FP32, FP32), "bf16": (BF16, BF16), "bf16, log_w fp32": (BF16, FP32), "fp64": (FP64, FP64)}
 FORMS = [(variant, dtype) for variant in VARIANTS for dtype in DTYPES if dtype != "fp64" or variant == "portable"]
-
-
-def recurrence(r, log_w, k, v, a, b, state, reset=None):
-    """The definition: S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T;  y_t = S_t r_t."""
-    w, ys = log_w.exp(), []
-    for t in range(r.shape[1]):
-        if reset is not None:
-            state = state.masked_fill(reset[:, t, None, None, None], 0)
-        u = state @ a[:, t, :, :, None]
-        state = state * w[:, t, :, None] + u * b[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
-        ys.append((state @ r[:, t, :, :, None]).squeeze(-1))
-    return torch.stack(ys, 1), state
 
 
 @functools.cache
@@ -51,7 +39,7 @@ def truth(*case, **options):
     *tensors, state, reset = inputs
     B, _, H, N = gy.shape
     leaves = [x.double().requires_grad_() for x in (*tensors, torch.zeros(B, H, N, N) if state is None else state)]
-    y, final_state = recurrence(*leaves, reset)
+    y, final_state = wkv7_reference(*leaves, reset)
     loss = (y * gy.double()).sum() + (0 if gfinal is None else (final_state * gfinal.double()).sum())
     return y.detach(), final_state.detach(), *torch.autograd.grad(loss, leaves)
 

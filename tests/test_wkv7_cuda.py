@@ -9,7 +9,7 @@ from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, error, guarde
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops.cuda import build_library, declare, nvcc
-from rwkv_bone.ops.wkv7 import cuda
+from rwkv_bone.ops.wkv7 import cuda, wkv7_reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
@@ -38,17 +38,7 @@ def reference(inputs, gy, g_final):
     """The definition, step by step in float64: y, final_state, and the gradients by autograd."""
     *tensors, reset = inputs
     leaves = {name: x.double().requires_grad_() for name, x in zip(NAMES, tensors) if x is not None}
-    r, log_w, k, v, a, b, *state = leaves.values()
-    B, T, H, N = r.shape
-    S = state[0] if state else r.new_zeros(B, H, N, N)
-    ys = []
-    for t in range(T):
-        if reset is not None:
-            S = S.masked_fill(reset[:, t, None, None, None], 0)
-        u = (S @ a[:, t, :, :, None]).squeeze(-1)
-        S = S * log_w[:, t, :, None].exp() + u[..., None] * b[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
-        ys.append((S @ r[:, t, :, :, None]).squeeze(-1))
-    y = torch.stack(ys, 1)
+    y, S = wkv7_reference(**leaves, reset=reset)
     loss = (y * gy).sum() + (S * (0 if g_final is None else g_final)).sum()
     grads = torch.autograd.grad(loss, leaves.values())
     return {"y": y.detach(), "final_state": S.detach(), **{f"g_{n}": g for n, g in zip(leaves, grads)}}
