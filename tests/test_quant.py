@@ -102,6 +102,6 @@ def test_casting_a_model_leaves_the_bytes_alone(kind):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="fp3.*int8, nf4"):
+    with pytest.raises(UserError, match=r"fp3.*int8, nf4"):
         quantise(torch.zeros(2, 2), "fp3")
     assert list(KINDS) == KIND_NAMES

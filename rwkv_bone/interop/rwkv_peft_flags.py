@@ -44,7 +44,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {  # taken at these values; () is a switc
     "head_size_divisor": ("8",),
     "weight_decay_final": ("-1",),
     "dropout": ("0", "0.0"),
-    "optim": ("none", "adam"),
+    "optim": ("none", "adam", "adamw"),
     "optimizer": ("none", "adam"),
     "avg_loss": ("0",),
     "l2warp_sparse": ("0",),
