@@ -28,7 +28,7 @@ PYTHON = ">=3.10,<3.14"
 REQUIRED = {
     "torch": (">=2.6,<2.14", "everything", True),
     "numpy": ("", "reading data", True),
-    "lightning": (">=2.4", "training", True),
+    "lightning": (">=2.4", "training on several devices", False),
     "deepspeed": (">=0.16", "--strategy deepspeed_*", False),
     "ninja": ("", "building the kernels", False),
     "tokenizers": ("", "vocabularies of a tokenizer.json", False),
@@ -39,6 +39,7 @@ REQUIRED = {
 OPTIONAL = {
     "pyarrow": "reading .parquet",
     "matplotlib": "pictures of runs",
+    "math-verify": "grading answers of GSM8K and MATH",
     "bitsandbytes": "--quant nf4",
 }
 GIB = 1 << 30

@@ -223,9 +223,9 @@ class RWKV(LanguageModel):
         try:
             sizes = cls.read_sizes(tensors, len(layers))
         except KeyError as error:
-            raise UserError(f"{source}: a {cls.title} model without {error.args[0]}; the file is damaged or cut") from None
+            raise UserError(f"{source}: an {cls.title} model without {error.args[0]}; the file is damaged or cut") from None
         except ValueError:
-            raise UserError(f"{source}: tensors of the wrong rank for a {cls.title} model; the file is damaged") from None
+            raise UserError(f"{source}: tensors of the wrong rank for an {cls.title} model; the file is damaged") from None
         if sizes.dim_att % sizes.head_size:
             raise UserError(f"{source}: head size {sizes.head_size} does not divide {sizes.dim_att}; the file is damaged")
         cls.check(sizes, tensors, source)
