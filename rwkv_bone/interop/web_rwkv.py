@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..models.base import LanguageModel, WebNames
 
 DTYPE = torch.float16  # the only one that it loads
@@ -30,7 +31,7 @@ def web_tensor(names: WebNames, name: str, tensor: Tensor) -> Tensor:
 def from_web(tensors: Mapping[str, Tensor], kinds: Iterable[type[LanguageModel]]) -> dict[str, Tensor]:
     """A safetensors file's tensors under the names and in the layout of a `.pth`, if they are web-rwkv's of one of those models.
 
-    A file that has a `.pth`'s names where web-rwkv's are others is left as it is.
+    A file that has a `.pth`'s names where web-rwkv's are others is left as it is; where both are the same, shapes tell.
     """
     for kind in kinds:
         if (names := kind.web_names) is None:
@@ -40,6 +41,15 @@ def from_web(tensors: Mapping[str, Tensor], kinds: Iterable[type[LanguageModel]]
             for ours, theirs in names.renamed.items():
                 name = name.replace(theirs, ours)
             found[name] = web_tensor(names, name, tensor)
-        if kind.recognises(found) and not (names.renamed and kind.recognises(tensors)):
+        if kind.recognises(found) and not (kind.recognises(tensors) and (names.renamed or is_whole(kind, tensors))):
             return found
     return dict(tensors)
+
+
+def is_whole(kind: type[LanguageModel], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors are a model of that kind as they are."""
+    try:
+        kind.sizes_of({kind.parameter_name(name): tensor for name, tensor in tensors.items()}, "")
+    except UserError:
+        return False
+    return True
