@@ -18,6 +18,7 @@ class CpuDeepSpeed(DeepSpeedStrategy):
         from deepspeed.ops import __compatible_ops__
 
         __compatible_ops__["deepspeed_shm_comm"] = False  # else it is built, for a minute
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
         super()._setup_distributed()
 
     @property

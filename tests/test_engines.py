@@ -11,6 +11,7 @@ import torch
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors
 from rwkv_bone.training import resume
+from rwkv_bone.training.outputs import RunFolder
 from tests.runs import ROOT, DieAt, arguments, assert_same_run, lines, losses, make_world, run_to_end
 
 ZERO = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3")]
@@ -96,7 +97,7 @@ def test_zero_keeps_float32_masters_and_goes_on_bitwise(world, mixed_by_ddp, eng
         return
     killed = world / f"killed_{engine}"
     ended = run_to_end(world, *flags, "--devices", 2, name=killed.name, ranks=2, before=DieAt(killed, 15))
-    assert ended.codes[0] == -signal.SIGKILL and 0 < resume.steps_saved(killed)[0] < len(losses(unbroken)), ended.said
+    assert ended.codes[0] == -signal.SIGKILL and 0 < resume.steps_saved(RunFolder(killed))[0] < len(losses(unbroken)), ended.said
     assert run_to_end(world, *flags, "--devices", 2, name=killed.name, ranks=2).codes == [0, 0]
     assert_same_run(unbroken, killed)
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.models.x060 import RWKV, ModelConfig
+from rwkv_bone.models import LanguageModel
+from rwkv_bone.models.x060 import RWKV6
 from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.peft.quant import quantise_model
 from rwkv_bone.training.infctx import backward_in_chunks
@@ -21,11 +22,11 @@ def config(**given) -> TrainConfig:
     return TrainConfig(data_file="none", **given)
 
 
-def training(model: RWKV, B: int, T: int, config: TrainConfig):
+def training(model: LanguageModel, B: int, T: int, config: TrainConfig):
     """The first two steps: the optimiser's state is made at the end of the first."""
-    idx = torch.randint(model.config.vocab_size, (B, T + 1))
+    idx = torch.randint(model.sizes.vocab_size, (B, T + 1))
     micro = {"idx": idx[:, :-1], "targets": idx[:, 1:]}
-    model.grad_cp = config.grad_cp
+    model = model.with_execution(grad_cp=config.grad_cp)
 
     def forward(piece, state=None):
         hidden, state = model.hidden(piece["idx"], state)
@@ -66,7 +67,7 @@ def test_the_estimate_is_within_10_percent_of_what_a_step_takes(name):
     sizes = {"vocab_size": 256, "n_layer": 5, "n_embd": 128, "B": 2, "T": 128, "dtype": torch.float32, **sizes}
     B, T, dtype = (sizes.pop(key) for key in ("B", "T", "dtype"))
     given = config(**flags)
-    model = RWKV(ModelConfig.new(**sizes)).initialise(0).to(dtype)
+    model = RWKV6(RWKV6.new_sizes(**sizes)).initialise(0).to(dtype)
     if given.quant != "none":
         quantise_model(model, given.quant)
     if given.peft != "none":
@@ -93,7 +94,7 @@ def test_chunked_cross_entropy_takes_less_than_a_tenth_of_the_plain_one():
 
 
 def test_frozen_weights_never_get_a_gradient():
-    model = RWKV(ModelConfig.new(256, 2, 64)).initialise(0)
+    model = RWKV6(RWKV6.new_sizes(vocab_size=256, n_layer=2, n_embd=64)).initialise(0)
     inject(model, METHODS["bone"], METHODS["bone"].Config(8))
     training(model, 1, 16, config())()
     made = []

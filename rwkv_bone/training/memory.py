@@ -134,7 +134,7 @@ def estimate(model: LanguageModel, B: int, T: int, config: TrainConfig, world: i
             parts["trained weights"] = 0 if offload else parts["trained weights"] // world
         parts["exchange"] = 2 * 4 * BUCKET
     elif world > 1:
-        parts["exchange"] = bytes_of(trained)
+        parts["exchange"] = 2 * 4 * min(numbers, BUCKET)
     if cuda:
         parts["CUDA"] = CUDA_ITSELF
     return parts

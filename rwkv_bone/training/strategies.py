@@ -4,13 +4,12 @@ One process and DDP hold everything on each device. ZeRO divides it among the de
 gradients too, 3 all weights too. A run of one process imports no Lightning: that takes longer than importing torch.
 """
 
-import contextlib
 import functools
 import logging
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -126,7 +125,7 @@ class Engine:
 
 
 class DDPEngine(Engine):
-    """Several processes by Lightning Fabric. DDP averages whole gradients once a step."""
+    """Several processes by Lightning Fabric, each with the whole model: they average their gradients once a step."""
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
@@ -145,14 +144,22 @@ class DDPEngine(Engine):
         self.fabric.launch()
         self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
 
-    def setup(self, module, make_optimiser) -> None:
-        self.model = module.get_submodule("model")
-        self.module = self.fabric.setup(module)
-        self.optimiser = make_optimiser(True)
-
     def backward(self, loss: Tensor, last: bool) -> None:
-        with contextlib.nullcontext() if last else self.fabric.no_backward_sync(self.module):
-            self.fabric.backward(loss, model=self.module)
+        loss.backward()
+        if last:
+            self.average_gradients()
+
+    def average_gradients(self) -> None:
+        """Over the devices, once a step, whatever number of forward passes each of them took (torch's DDP counts these)."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for bucket in buckets([p.grad for p in trained if p.grad is not None]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            flat = self.fabric.all_reduce(flat, reduce_op="mean")
+            for gradient, averaged in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(averaged.view_as(gradient))
 
     def sum(self, values: list[float | Tensor]) -> list[float]:
         tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
@@ -243,6 +250,19 @@ class DeepSpeedEngine(DDPEngine):
         for master, part in zip(self.masters, state["parts"], strict=True):
             master.copy_(part.pop("master"))
             into[master] = {name: t.to(master.device) for name, t in part.items()}
+
+
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype at a time, of BUCKET elements together at the most where one alone has no more."""
+    size, bucket = 0, list[Tensor]()
+    for t in sorted(tensors, key=lambda t: str(t.dtype)):
+        if bucket and (size + t.numel() > BUCKET or t.dtype != bucket[0].dtype):
+            yield bucket
+            size, bucket = 0, []
+        bucket.append(t)
+        size += t.numel()
+    if bucket:
+        yield bucket
 
 
 @functools.cache
