@@ -6,6 +6,7 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.peft import METHODS
 from rwkv_bone.training.loader import TrainingData
+from tests.conftest import small_model
 from tests.runs import arguments, make_world
 
 RECIPE = """--load_model base.pth --proj_dir out --data_file data/metamath --data_type binidx --vocab_size 65536 --ctx_len 512
@@ -66,7 +67,7 @@ def test_an_option_that_a_method_lacks_is_refused(method):
         (["--devices", "two"], "--devices takes a number"),
         (["--grad_cp", "2"], "takes 0 or 1"),
         (["--dataload", "all"], "invalid choice: 'all'"),
-        (["--my_testing", "x090"], "invalid choice: 'x090'"),
+        (["--my_testing", "x090"], "unknown version; there are x060"),
         (["--bone_config", "{bone_r:64}"], "not JSON"),
         (["--data_rows", "1000"], "--data_rows takes FIRST:LAST"),
         (["--data_rows=-5:"], "--data_rows takes FIRST:LAST"),
@@ -96,7 +97,7 @@ def test_help_names_every_flag(capsys):
 def test_only_the_rows_that_are_asked_for_are_trained(rows, kept, tmp_path):
     make_world(tmp_path, rows=8)
     whole, chosen = (
-        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, *more)), 257).documents
+        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, *more)), small_model(vocab_size=257)).documents
         for more in ([], ["--data_rows", rows])
     )
     assert [chosen[n][0].tolist() for n in range(len(chosen))] == [whole[n][0].tolist() for n in kept]
@@ -105,4 +106,4 @@ def test_only_the_rows_that_are_asked_for_are_trained(rows, kept, tmp_path):
 def test_rows_that_leave_nothing_are_refused(tmp_path):
     make_world(tmp_path, rows=8)
     with pytest.raises(UserError, match="--data_rows 8: of 8 documents leaves none"):
-        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, "--data_rows", "8:")), 257)
+        TrainingData.open(TrainConfig.from_argv(arguments(tmp_path, "--data_rows", "8:")), small_model(vocab_size=257))

@@ -1,6 +1,5 @@
 """The chunked loss equals the plain one, with its gradients, in a fraction of the memory; schedules equal their formulas."""
 
-import math
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ import torch.nn.functional as F
 
 from rwkv_bone.training import loss as loss_module
 from rwkv_bone.training.loss import cross_entropy_sum
-from rwkv_bone.training.schedule import SCHEDULES, learning_rate
 
 
 @pytest.fixture
@@ -56,27 +54,3 @@ def test_a_frozen_head_gets_no_gradient(case):
     weight.requires_grad_(False)
     cross_entropy_sum(hidden, weight, targets).backward()
     assert weight.grad is None and hidden.grad is not None
-
-
-def rates(schedule, steps=11, lr_init=1e-3, lr_final=1e-5, warmup=0):
-    return [learning_rate(step, steps, schedule, lr_init, lr_final, warmup) for step in range(steps)]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_goes_from_lr_init_to_lr_final(schedule):
-    first, *_, last = rates(schedule)
-    assert first == pytest.approx(1e-3)
-    assert last == pytest.approx(1e-3 if schedule == "constant" else 1e-5)
-
-
-def test_schedules_are_their_formulas():
-    assert rates("exp")[5] == pytest.approx(1e-4)
-    assert rates("exp", lr_final=0)[5] == pytest.approx(5e-4)
-    assert rates("cos")[5] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rates("cos")[2] == pytest.approx(1e-5 + 0.99e-3 * (1 + math.cos(0.2 * math.pi)) / 2)
-    assert rates("wsd")[8] == pytest.approx(1e-3)
-    assert rates("wsd")[9] == pytest.approx((1e-3 + 1e-5) / 2)
-
-
-def test_the_warm_up_is_rwkv_lms():
-    assert rates("constant", warmup=4)[:5] == pytest.approx([1e-5, 1e-3 * (0.01 + 0.99 / 4), 5.05e-4, 7.525e-4, 1e-3])

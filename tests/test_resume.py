@@ -125,13 +125,8 @@ def test_two_devices_of_which_the_second_is_killed_end_soon_and_go_on(world, unb
 
 @pytest.mark.parametrize(
     ("number", "ranks", "launcher"),
-    [
-        (signal.SIGINT, 1, None),
-        (signal.SIGTERM, 1, None),
-        (signal.SIGHUP, 1, None),
-        (signal.SIGTERM, 2, torchrun),
-        (signal.SIGUSR1, 2, slurm),
-    ],
+    [(signal.SIGINT, 1, None), (signal.SIGTERM, 1, None), (signal.SIGHUP, 1, None),
+     (signal.SIGTERM, 2, torchrun), (signal.SIGUSR1, 2, slurm)],
 )
 def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number, ranks, launcher):
     whole = request.getfixturevalue("unbroken" if ranks == 1 else "unbroken_on_two")

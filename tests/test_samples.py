@@ -278,7 +278,7 @@ def run_of(n, **given):
 
 
 @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(1, 2), st.integers(0, 9), st.integers(1, 3))
-def test_steps_go_through_the_data_pass_by_pass_and_a_capped_epoch_goes_on(n, micro, many, world, cap, count):
+def test_a_capped_epoch_goes_on_where_the_last_one_ended(n, micro, many, world, cap, count):
     data = run_of(n, micro_bsz=micro, accumulate_grad_batches=many, epoch_steps=cap, epoch_count=count)
     per_epoch = data.steps_per_epoch(world)
     whole = math.ceil(math.ceil(math.ceil(n / world) / micro) / many)

@@ -207,11 +207,8 @@ class DeepSpeedEngine(DDPEngine):
     def setup(self, module, make_optimiser) -> None:
         self.model = module.get_submodule("model")
         self.module, _ = self.fabric.setup(module, make_optimiser(False))
+        self.deepspeed = self.fabric.strategy.model  # DeepSpeed's engine, which Fabric's module wraps
         self.optimiser = self.deepspeed.optimizer
-
-    @property
-    def deepspeed(self):
-        return self.fabric.strategy.deepspeed_engine
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # DeepSpeed would divide by its count of micro batches, which stays 1: the boundary is ours to set
