@@ -47,7 +47,7 @@ def test_the_logged_loss_is_that_of_the_held_out_documents_and_the_best_is_kept(
     assert "validation after step 2" in out
     done, following = out.splitlines()[-2:]
     folder = world / "val"
-    assert done == f"done       after step 6; {folder}/rwkv-0.pth is what came out, {folder}/rwkv-best.pth the best by validation"
+    assert "after step 6" in done and f"{folder}/rwkv-0.pth" in done and f"{folder}/rwkv-best.pth" in done
     assert f"merge.py --base_model {world}/base.pth --peft_checkpoint {folder}/rwkv-best.pth --output" in following
 
 
@@ -68,7 +68,7 @@ def test_a_split_is_a_partition_of_the_documents(world):
 
 
 def test_a_loss_that_is_not_finite_says_where_it_began(make_model):
-    from rwkv_bone.training.module import not_finite_in
+    from rwkv_bone.training.objectives import not_finite_in
 
     micro = [{"idx": torch.randint(50, (1, 4))}]
     model = make_model(n_layer=3)

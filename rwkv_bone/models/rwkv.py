@@ -239,7 +239,7 @@ class RWKV(LanguageModel):
     @classmethod
     def new_sizes(cls, **given: int) -> Any:
         known = {f.name for f in fields(cls.Sizes)}
-        given = {name: size for name, size in given.items() if name in known}
+        given = {"head_size": 64, **{name: size for name, size in given.items() if name in known}}
         for name in ("vocab_size", "n_layer", "n_embd", "head_size"):
             if given.get(name, 0) < 1:
                 raise UserError(f"a new model needs --{name} of at least 1, not {given.get(name, 0)}")

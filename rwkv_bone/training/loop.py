@@ -58,12 +58,14 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     # ---- resume
     restored = resume.newest(folder, engine.rank) if config.resume else None
     invariants = resume.invariants(model, data, config, world)
-    step, ended = 0, False
+    step, ended, best = 0, False, validation.Best()
     if restored is not None:
         run, _ = restored
         resume.check_invariants(run["invariants"], invariants)
         resume.restore_trained(model, run["trained"])
-        step, seed, ended = run["step"], run["seed"], run["ended"]
+        step, seed = run["step"], run["seed"]
+        best = validation.Best.of_log(folder, step)
+        ended = step >= total_steps or 0 < config.patience <= best.since
     agreed, seed = engine.broadcast((step, seed))
     if agreed != step:
         raise UserError(f"--resume: device {engine.rank} finds step {step} in --proj_dir, the first device step {agreed}; "
@@ -87,7 +89,6 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     signals = Signals()
     logs = Logs(folder, config, step, total_steps, run["log_bytes"] if restored else None) if first else None
     epoch_loss, epoch_trained = run["epoch_sums"] if restored else (0.0, 0.0)
-    best = validation.Best.of_log(folder, step)
     engine.barrier()
     if restored is not None:
         run, own = restored
@@ -106,7 +107,6 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
             own["optimiser"] = engine.optimiser_state()
         run = {
             "step": step,
-            "ended": ended,
             "invariants": invariants,
             "trained": trained,
             "log_bytes": logs.lengths() if logs else {},

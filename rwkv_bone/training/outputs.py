@@ -24,7 +24,6 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..errors import UserError
 from ..files.adapters import save_adapter, sidecar
-from ..files.atomic import atomic
 from ..files.pth import save_tensors
 from ..models import LanguageModel
 
@@ -66,9 +65,15 @@ class RunFolder:
         return self.path / name
 
     def save(self) -> None:
-        with atomic(self.path / RECORD) as file:
-            text = json.dumps({"finished": self.finished, "pids": self.pids, "files": self.files}, indent=1)
-            file.write(text.encode())
+        new = self.path / f"{RECORD}.new"  # one name, whatever process is killed here: the next one writes over it
+        try:
+            with open(new, "w") as file:
+                json.dump({"finished": self.finished, "pids": self.pids, "files": self.files}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self.path / RECORD)
+        except OSError as error:
+            raise UserError(f"{self.path / RECORD}: cannot be written ({error.strerror or error})") from error
 
     def claim(self, *names: str) -> None:
         """Name files as this run's own, before they are made. UserError for one that is there and was made by nobody known."""
@@ -93,7 +98,7 @@ class RunFolder:
 
     def remove_half_written(self) -> None:
         """What killed processes of the record left of its files."""
-        for name in [*self.files, RECORD]:
+        for name in self.files:
             for pid in self.pids:
                 left = self.path / f"{name}.{pid}.tmp"
                 if left.is_file():
