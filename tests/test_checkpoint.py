@@ -252,7 +252,7 @@ NOT_MODELS = {
     r"emb\.weight is torch\.int64; wanted bfloat16": {"emb.weight": torch.zeros(2, 2, dtype=torch.int64)},
     r"emb\.weight is empty, \(0, 2\)": {"emb.weight": torch.zeros(0, 2)},
     "no model known here": {"a": torch.zeros(2)},
-    "this is an RWKV-7 model": {"blocks.0.att.r_k": torch.zeros(2)},
+    "an RWKV-7 .x070. model without emb.weight": {"blocks.0.att.r_k": torch.zeros(2)},
     "this is an RWKV-5 model": {"blocks.0.att.time_decay": torch.zeros(2), "blocks.0.att.ln_x.weight": torch.zeros(2)},
     "this is an RWKV-4 model": {"blocks.0.att.time_decay": torch.zeros(2)},
     "has a shape and no values": {"emb.weight": torch.zeros(2, 2, device="meta")},
