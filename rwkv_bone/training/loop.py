@@ -24,7 +24,7 @@ from .loader import TrainingData
 from .logs import Logs, StepRecord, say
 from .objectives import Objective, Step, not_finite_in
 from .optimiser import make_optimiser
-from .outputs import BEST, INTERRUPTED, RunFolder, result_due, save_result
+from .outputs import BEST, INTERRUPTED, RECORD, RunFolder, result_due, save_result
 from .schedule import learning_rate
 from .strategies import Engine, lost_device
 
@@ -71,6 +71,10 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
         raise UserError(f"--resume: device {engine.rank} finds step {step} in --proj_dir, the first device step {agreed}; "
                         "all machines must see the same folder")  # fmt: skip
     data.check_trained(world, seed)
+    if ended:
+        if first:
+            print(f"resuming   after step {step}: nothing to do, the run is complete", flush=True)
+        return finish(folder, config, step) if first else 0
     pids = [int(pid) for pid in engine.sum([os.getpid() if rank == engine.rank else 0 for rank in range(world)])]
     if first:
         folder.begin(config, pids, anew=restored is None)
@@ -79,10 +83,8 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
             (folder / "config.json").write_text(config.to_json())
         else:
             resume.clear(folder, step)
-            print(f"resuming   after step {step}" + (": nothing to do, the run is complete" if ended else ""), flush=True)
+            print(f"resuming   after step {step}", flush=True)
     engine.barrier()
-    if ended:
-        return finish(folder, config, step) if first else 0
 
     # ---- the model on its device, the optimiser, the logs
     engine.setup(Step(model, objective), lambda masters: make_optimiser(model, config, masters))
@@ -255,7 +257,8 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
     """Refuse to mix two runs in one folder; make it."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.save()
+        if not (folder / RECORD).exists():
+            folder.save()
     except (OSError, UserError) as error:
         why = getattr(error, "strerror", None) or getattr(error.__cause__, "strerror", None) or error
         raise UserError(f"--proj_dir {folder.path}: cannot be written ({why})") from None

@@ -123,8 +123,9 @@ class RunFolder:
         self.save()
 
     def finish(self) -> None:
-        self.finished = True
-        self.save()
+        if not self.finished:
+            self.finished = True
+            self.save()
 
 
 def inputs_of(config: TrainConfig) -> list[str]:

@@ -36,7 +36,7 @@ def invariants(model: LanguageModel, data: Any, config: TrainConfig, world: int)
     """What a run can be resumed with alone."""
     sharded = config.strategy if config.strategy.startswith("deepspeed") else "auto"
     flags = {f"--{name}": getattr(config, name) for name in INVARIANT_FLAGS}
-    return {"devices": world, "strategy": sharded, "base": model.fingerprint, **data.invariants(), **flags}
+    return {"devices": world, "strategy": sharded, "base": model.fingerprint, **flags, **data.invariants()}
 
 
 def check_invariants(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
