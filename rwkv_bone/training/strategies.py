@@ -205,6 +205,8 @@ class DeepSpeedEngine(DDPEngine):
         )
 
     def setup(self, module, make_optimiser) -> None:
+        precision = self.fabric.strategy.precision  # dtypes are the model's own: nothing is cast
+        precision.convert_module = precision.convert_input = precision.convert_output = lambda value: value
         self.model = module.get_submodule("model")
         self.module, _ = self.fabric.setup(module, make_optimiser(False))
         self.deepspeed = self.fabric.strategy.model  # DeepSpeed's engine, which Fabric's module wraps
