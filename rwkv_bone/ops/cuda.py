@@ -71,6 +71,16 @@ def declare(lib: ctypes.CDLL, functions: Functions) -> ctypes.CDLL:
     return lib
 
 
+def choose(name: str, dtype: torch.dtype, N: int) -> str:
+    """Of the two kernels of the recurrence `name`, the one for inputs of `dtype` and heads of N channels; ValueError for none."""
+    if dtype not in DTYPES or N > 128:
+        raise ValueError(
+            f"{name}: the CUDA kernels take float32 or bfloat16 and heads of up to 128 channels, not {dtype} and {N}; "
+            f"use op='torch'"
+        )
+    return "chunk" if dtype == torch.bfloat16 and N == 64 else "sequential"
+
+
 def run(function, device: torch.device, *arguments) -> None:
     """Call a launching function: on `device` and its current stream, tensors as addresses, an error code as an exception.
 

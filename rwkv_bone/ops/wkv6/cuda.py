@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .. import cuda
 from ..cuda import DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, multiprocessors, run
 
 CHUNK = 16  # tokens; L in cuda/wkv6_chunk.cu
@@ -28,12 +29,7 @@ FUNCTIONS: Functions = {
 
 def choose(dtype: torch.dtype, N: int) -> str:
     """The kernel for r, k, v of `dtype` and heads of `N` channels."""
-    if dtype not in DTYPES or N > 128:
-        raise ValueError(
-            f"wkv6: the CUDA kernels take float32 or bfloat16 and heads of up to 128 channels, not {dtype} and {N}; "
-            f"use op='torch'"
-        )
-    return "chunk" if dtype == torch.bfloat16 and N == 64 else "sequential"
+    return cuda.choose("wkv6", dtype, N)
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
