@@ -3,7 +3,6 @@
 `loss` is the same number wherever it stands; losses.py says what it is of a step, of a window and of an epoch.
 """
 
-import csv
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..config import TrainConfig
+from ..errors import UserError
 from ..terminal import clock
 from .losses import RunningLoss
 from .outputs import LOGS, RunFolder
@@ -61,9 +61,8 @@ class Logs:
             if lengths is not None and path.exists():
                 os.truncate(path, min(path.stat().st_size, lengths.get(name, 0)))
             self.files[name] = path.open("a", newline="")
-        self.table = csv.DictWriter(self.files["metrics.csv"], COLUMNS, extrasaction="ignore")
         if not self.files["metrics.csv"].tell():
-            self.table.writeheader()
+            self.row(dict(zip(COLUMNS, COLUMNS)))
         if not self.files["train_log.txt"].tell():
             self.write("train_log.txt", "# epoch, loss, perplexity, learning rate, date, time, seconds")
         earlier = [json.loads(line) for line in (folder / "loss_data.jsonl").read_text().splitlines()]
@@ -80,22 +79,28 @@ class Logs:
             self.bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, bar_format=shape)
 
     def write(self, name: str, line: str) -> None:
-        self.files[name].write(line + "\n")
-        self.files[name].flush()
+        try:
+            self.files[name].write(line + "\n")
+            self.files[name].flush()
+        except OSError as error:
+            cure = "--resume auto continues from what was saved"
+            raise UserError(f"{self.files[name].name}: cannot be written ({error.strerror or error}); {cure}") from error
+
+    def row(self, values: dict[str, Any]) -> None:
+        """A row of metrics.csv; columns without a value stay empty."""
+        self.write("metrics.csv", ",".join("" if values.get(name) is None else str(values[name]) for name in COLUMNS))
 
     def step(self, record: StepRecord) -> None:
         line = record.line()
         self.write("loss_data.jsonl", json.dumps(line))
-        self.table.writerow(line)
-        self.files["metrics.csv"].flush()
+        self.row(line)
         self.to_others({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens")}, record.step)
         self.loss.add(record.loss, record.trained)
         self.show(record)
 
     def validation(self, step: int, loss: float, tokens: int) -> None:
         self.write("val_data.jsonl", json.dumps({"step": step, "loss": loss, "tokens": tokens}))
-        self.table.writerow({"step": step, "val_loss": loss})
-        self.files["metrics.csv"].flush()
+        self.row({"step": step, "val_loss": loss})
         self.to_others({"val_loss": loss}, step)
 
     def epoch(self, record: StepRecord, loss: float) -> None:
