@@ -88,7 +88,7 @@ def test_zero_keeps_float32_masters_and_goes_on_bitwise(world, mixed_by_ddp, eng
     parts = PARTS[engine]
     flags = (*MIXED, "--train_parts", *parts, "--strategy", engine)
     unbroken = run(world, f"mixed_{engine}", *flags)
-    assert losses(unbroken) == [(step, pytest.approx(loss, rel=2e-3)) for step, loss in losses(mixed_by_ddp[parts])]
+    assert losses(unbroken) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in losses(mixed_by_ddp[parts])]
     ours, theirs = (open_tensors(folder / "rwkv-1.pth") for folder in (unbroken, mixed_by_ddp[parts]))
     assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {name: (t.dtype, t.shape) for name, t in theirs.items()}
     for name in ours:

@@ -96,7 +96,7 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
         run, own = restored
         engine.load_optimiser_state((own if engine.sharded else run["own"])["optimiser"])
         resume.set_random_state(own["random"])
-    else:  # each device drops other units, the same ones whatever an engine's setup has drawn
+    elif engine.rank:  # each device drops other units
         torch.manual_seed(seed + engine.rank)
     del restored  # tensors of the checkpoint
     run = {}
