@@ -159,7 +159,7 @@ def test_the_comparisons_reports_are_made_by_their_commands(data, tmp_path):
 
 
 def test_the_memory_tables_program_runs(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "WORLD", {"tiny": (1, 64)})
+    monkeypatch.setattr(memory, "RELEASES", {"tiny": ("x060", 1, 64)})
     monkeypatch.setattr(memory, "LENGTHS", (16,))
     memory.main()
     lines = capsys.readouterr().out.splitlines()

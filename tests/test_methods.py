@@ -381,7 +381,7 @@ def test_a_small_step_away_from_a_shifted_start_survives_in_bf16():
 
 
 def test_a_part_that_a_model_does_not_have_is_refused(make_model):
-    with pytest.raises(UserError, match="--parts atn names no projection of this model; it has att, "):
+    with pytest.raises(UserError, match="atn names no linear layer of this model; there are att, "):
         inject(make_model(), METHODS["bone"], METHODS["bone"].Config(), ["att", "atn"])
 
 
