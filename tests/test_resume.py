@@ -58,7 +58,7 @@ def resume_until_the_end(world, name: str, deaths, ranks: int = 1) -> int:
     raise AssertionError(f"did not end: {ended.said}")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_killed_at_any_file_operation_goes_on_bitwise(world, unbroken, seed):
     counts = random.Random(seed).choices(range(1, 50), k=50)
     folder = world / f"killed{seed}"
@@ -268,7 +268,7 @@ def test_an_early_end_that_is_killed_at_any_file_operation_still_gets_its_result
     whole = world / "early"
     assert len(losses(whole)) == 2 and (whole / "rwkv-0.pth").exists()
     killed = 0
-    for count in range(20, 60, 2):
+    for count in range(24, 60, 5):
         folder = world / f"early{count}"
         codes = run_to_end(world, *flags, name=folder.name, before=DieAt(folder, count)).codes
         if codes == [0]:
