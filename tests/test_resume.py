@@ -58,7 +58,7 @@ def resume_until_the_end(world, name: str, deaths, ranks: int = 1) -> int:
     raise AssertionError(f"did not end: {ended.said}")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_is_killed_at_any_file_operation_goes_on_bitwise(world, unbroken, seed):
     counts = random.Random(seed).choices(range(1, 50), k=50)
     folder = world / f"killed{seed}"
