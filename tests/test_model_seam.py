@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rwkv_bone.compare.command import main as compare
 from rwkv_bone.compare.comparison import Comparison
 from rwkv_bone.compare.one_run import measure
 from rwkv_bone.compare.study import Study
+from rwkv_bone.errors import UserError
 from rwkv_bone.evaluate.command import main as evaluate
 from rwkv_bone.files.adapters import load_adapter
 from rwkv_bone.files.models import load_model
@@ -17,6 +19,7 @@ from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.generate.command import main as generate
 from rwkv_bone.merging.command import main as merge
 from rwkv_bone.models import MODELS
+from rwkv_bone.models.x060 import RWKV6, RWKV6Sizes
 from rwkv_bone.peft import METHODS, adapters, inject
 from rwkv_bone.training.infctx import backward_in_chunks
 from rwkv_bone.training.loss import cross_entropy_sum
@@ -75,6 +78,19 @@ def test_full_training_and_a_new_model(world):
     assert losses(world / "run")[-1] < losses(world / "run")[0]
     new = ("--my_testing", "toy", "--vocab_size", 257, "--n_layer", 2, "--n_embd", 16)
     assert train(flags(world, "--load_model", "", "--peft", "none", *new, name="new")) == 0
+
+
+@pytest.mark.parametrize("kind, sizes", [(RWKV6, RWKV6Sizes(256, 1, 64, 64, 224, 64)), (Toy, ToySizes(256, 1, 64, 64))])
+def test_a_model_recommends_a_rate_for_every_method_and_less_for_a_wider_model(kind, sizes):
+    with torch.device("meta"):
+        narrow, wide = kind(sizes), kind(replace(sizes, n_embd=4096))
+    for method in (*METHODS, "none", "of tomorrow"):
+        assert 1e-5 <= wide.recommended_rate(method) < narrow.recommended_rate(method) / 10 <= 1e-3
+    if narrow.cannot("state"):
+        with pytest.raises(UserError, match="no initial state"):
+            narrow.recommended_rate("state")
+    else:
+        assert wide.recommended_rate("state") == narrow.recommended_rate("state") > 0
 
 
 CHUNKS = ("--train_type", "infctx", "--chunk_ctx", 8)

@@ -72,6 +72,11 @@ class WebNames(NamedTuple):
 
 # ---------------------------------------------------------------- models
 
+# The best constant rates of tiny-rwkv6-1m, whose width is 64 (docs/comparison.md), by PEFT method; "none": full training.
+RATES = {"none": 3e-4, "bone": 1e-3, "bone_col": 1e-3, "miss": 1e-3, "lora": 5e-3, "rslora": 1e-3, "lora_plus": 6e-4,
+         "pissa": 2.5e-3, "olora": 2.5e-3, "lora_ga": 3e-4, "dora": 4e-3}  # fmt: skip
+RATES_WIDTH, RATES_POWER = 64, 0.75
+
 FEATURES = {
     "infctx": "state to carry from chunk to chunk",
     "state": "initial state to train",
@@ -185,6 +190,18 @@ class LanguageModel(nn.Module):
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to a parameter of the base, by the model's own trainer."""
         return name.endswith(".weight") and self.get_parameter(name).dim() == 2
+
+    def recommended_rate(self, method: str) -> float:
+        """A learning rate to begin with, for a PEFT method, for "none" (full training) or for "state" (state tuning).
+
+        Measured at width 64 and lowered as n_embd^-0.75, an interpolation: at width 4096 it gives Bone 4e-5, LoRA 2e-4 and full
+        training 1e-5, where published recipes for models of that width have 2e-5, 2e-4 and 1e-5 to 2e-5. An adapter of another
+        method gets Bone's.
+        """
+        if method == "state" and (reason := self.cannot("state")):
+            raise UserError(reason)
+        scale = (RATES_WIDTH / max(self.sizes.n_embd, RATES_WIDTH)) ** RATES_POWER
+        return float(f"{RATES.get(method, RATES['bone']) * scale:.0e}")
 
     # ------------------------------------------------ state tuning
 

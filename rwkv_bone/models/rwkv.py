@@ -100,6 +100,7 @@ class RWKV(LanguageModel):
     targets = ("att", "ffn")
     full_parts = ("emb", "head", "time", "ln")
     capabilities = frozenset({"infctx", "state", "pack", "op"})
+    state_rate: ClassVar[float]  # recommended for state tuning: heads are alike at every width
 
     def __init__(self, sizes: RWKVSizes, execution: Execution = USUAL):
         super().__init__(sizes, execution)
@@ -178,6 +179,9 @@ class RWKV(LanguageModel):
     def is_time(cls, name: str) -> bool:
         """Whether a parameter belongs to the mixing over time and is neither a projection nor a norm."""
         raise NotImplementedError
+
+    def recommended_rate(self, method: str) -> float:
+        return self.state_rate if method == "state" else super().recommended_rate(method)
 
     # ------------------------------------------------ state tuning
 

@@ -163,6 +163,7 @@ class RWKV6(RWKV):
 
     version, title = "x060", "RWKV-6 (x060)"
     Sizes, Block, recurrence = RWKV6Sizes, Block, recurrence
+    state_rate = 1.0
     web_names = WebNames(
         renamed={"time_faaaa": "time_first", "time_maa": "time_mix"},
         transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state"),

@@ -204,6 +204,7 @@ class RWKV7(RWKV):
 
     version, title = "x070", "RWKV-7 (x070)"
     Sizes, Block, recurrence = RWKV7Sizes, Block, recurrence
+    state_rate = 1e-3
     template = "g1"
     web_names = WebNames(renamed={}, transposed=tuple(f".att.{name}{i}" for name in RANKS for i in (1, 2)))
 
