@@ -19,7 +19,7 @@ from rwkv_bone.compare.report import rows as table_rows
 from rwkv_bone.compare.study import Study
 from rwkv_bone.compare.sweep import match_r, next_rate, projection_shapes, to_do, trained_parameters
 from rwkv_bone.data.documents import open_documents
-from rwkv_bone.data.tokenizer import ByteTokenizer
+from rwkv_bone.data.tokenizer import ByteTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError
 from rwkv_bone.files.adapters import load_adapter
 from rwkv_bone.files.models import load_model
@@ -273,6 +273,21 @@ def test_held_out_documents_are_spread_over_the_file_if_wanted(world, tmp_path):
     comparison = Comparison.read(write(world, held_out_every=2, held_out_documents=2))
     assert list(Study(comparison, tmp_path).held_out_ids) == [0, 2]
     assert list(Study(replace(comparison, held_out_documents=9), tmp_path).held_out_ids) == [0, 2, 4]
+
+
+def test_rows_are_read_as_train_py_reads_them(world, tmp_path):
+    """The template is the model's or the configuration's; fields and rows are those asked for."""
+    rows = [{"problem": f"{i}?", "solution": "one\n\ntwo"} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"data_file": str(tmp_path / "pairs.jsonl"), "fields": {"question": "problem", "answer": "solution"}, "data_rows": ":6"}
+
+    def first(**more):
+        documents = Study(Comparison.read(write(world, "rows.json", **asked, **more)), tmp_path).documents
+        assert len(documents) == 6
+        return open_tokenizer("auto", 257).decode(documents[0][0].tolist()[:-1])
+
+    assert first() == "User: 0?\n\nAssistant: one\ntwo"  # a blank line would end the turn
+    assert first(template="g1") == "User: 0?\n\nAssistant: one\n\ntwo"
 
 
 def dies(answer, *rest):

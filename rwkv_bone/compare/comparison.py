@@ -12,7 +12,7 @@ from ..peft import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2)
 OURS = ("proj_dir", "peft", "peft_options", "lr_init", "lr_final", "random_seed", "epoch_count", "epoch_steps", "resume",
-        "overwrite", "dry_run", "peft_checkpoint", "epoch_begin", "epoch_save", "fields", "template", "format")  # fmt: skip
+        "overwrite", "dry_run", "peft_checkpoint", "epoch_begin", "epoch_save", "fields")
 
 
 class Entry(NamedTuple):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
-from ..data.documents import Documents, data_of, open_documents
-from ..data.tokenizer import open_tokenizer
+from ..data.documents import Documents, data_of
 from ..errors import UserError
 from ..evaluate.loss import identity
 from ..files.models import load_model
+from ..models import LanguageModel
 from ..training.loader import TrainingData
 from . import one_run
 from .comparison import Comparison, Entry, Run
@@ -59,8 +59,8 @@ class Study:
         self.base = Entry("base", "base", (), (), 0)
         self.entries = make_entries(comparison, model)
         self.reference = comparison.budget if comparison.budget in comparison.methods else self.entries[0].label
-        self.documents = self.open(shared, shared.data_file, model.sizes.vocab_size)
-        self.held_out = self.open(replace(shared, data_type="auto"), comparison.held_out, model.sizes.vocab_size)
+        self.documents = self.open(shared, model)
+        self.held_out = self.open(replace(shared, data_type="auto", data_file=comparison.held_out, data_rows=""), model)
         self.held_out_ids = range(0, len(self.held_out), comparison.held_out_every)[: comparison.held_out_documents]
         self.epochs = self.count_epochs(shared)
         self.of_all = {"base": model.fingerprint, "data": identity(self.documents), "held_out": identity(self.held_out),
@@ -92,11 +92,14 @@ class Study:
         done, left = len(self.results()), self.expected()
         return "\n".join([*lines, f"{done} runs are done, {left} or more are to be done, in {self.out}"])
 
-    def open(self, config: TrainConfig, path: str, vocab_size: int) -> Documents:
-        text = data_of(path, config.data_type)[1] in ("jsonl", "utf-8")
-        tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding) if text else None
-        mask = "all" if config.loss_mask == "none" else config.loss_mask
-        return open_documents(path, config.data_type, tokenizer, vocab_size, fields=self.comparison.fields, loss_mask=mask)
+    def open(self, config: TrainConfig, model: LanguageModel) -> Documents:
+        """The documents of config.data_file, as a run with this configuration reads them."""
+        rows = data_of(config.data_file, config.data_type)[1] == "jsonl"
+        named = ",".join(f"{ours}={theirs}" for ours, theirs in self.comparison.fields.items()) if rows else ""
+        config = replace(config, fields=named, template=config.template if rows else "", format=config.format if rows else "auto")
+        documents = TrainingData.open(replace(config, val_file="", val_split=0, val_every=0, patience=0), model).documents
+        assert documents is not None
+        return documents
 
     def count_epochs(self, shared: TrainConfig) -> int:
         """The fewest epochs of equal length that make up the steps."""
