@@ -279,7 +279,8 @@ def test_rows_are_read_as_train_py_reads_them(world, tmp_path):
     """The template is the model's or the configuration's; fields and rows are those asked for."""
     rows = [{"problem": f"{i}?", "solution": "one\n\ntwo"} for i in range(9)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = {"data_file": str(tmp_path / "pairs.jsonl"), "fields": {"question": "problem", "answer": "solution"}, "data_rows": ":6"}
+    asked = {"data_file": str(tmp_path / "pairs.jsonl"), "data_rows": ":6"}
+    asked["fields"] = {"question": "problem", "answer": "solution"}
 
     def first(**more):
         documents = Study(Comparison.read(write(world, "rows.json", **asked, **more)), tmp_path).documents
