@@ -9,12 +9,13 @@ binidx with jsonl_to_binidx).
 
 import glob
 import os
+from collections.abc import Iterable
 
 import numpy as np
 
 from ..errors import UserError
 from .binidx import BinidxDocuments, prefix_of
-from .encode import LOSS_MASKS, RowEncoder, encode_files
+from .encode import LOSS_MASKS, Encoded, RowEncoder, encode_files
 from .files import KINDS, find_files, kind_of_path
 from .rows import Tally
 from .tokenizer import Tokenizer
@@ -45,18 +46,23 @@ class Documents:
     @classmethod
     def from_rows(cls, paths, encoder: RowEncoder, workers: int = 1, text: bool = False) -> "Documents":
         """`paths`: files, globs and folders. text: each file is one text, whatever its name."""
-        files, tally = find_files(paths), Tally()
-        batches = list(encode_files(files, encoder, workers, text=text))
+        files = find_files(paths)
+        return cls.from_encoded(encode_files(files, encoder, workers, text=text), files[0])
+
+    @classmethod
+    def from_encoded(cls, encoded: Iterable[Encoded], name: str) -> "Documents":
+        """All documents of some batches, in memory; UserError if there is none."""
+        batches, tally = list(encoded), Tally()
         for batch in batches:
             tally.add(batch.tally)
         batches = [batch for batch in batches if len(batch.sizes)]
         if not batches:
-            raise UserError(f"{files[0]}: no document; {tally.nothing()}")
+            raise UserError(f"{name}: no document; {tally.nothing()}")
         mask = None
         if any(batch.mask is not None for batch in batches):
             mask = np.concatenate([np.ones(len(b.tokens), np.uint8) if b.mask is None else b.mask for b in batches])
         sizes = np.concatenate([batch.sizes for batch in batches])
-        return cls(np.concatenate([b.tokens for b in batches]), np.cumsum(sizes) - sizes, sizes, mask, files[0], tally)
+        return cls(np.concatenate([b.tokens for b in batches]), np.cumsum(sizes) - sizes, sizes, mask, name, tally)
 
     @classmethod
     def from_numpy(cls, path) -> "Documents":

@@ -1,6 +1,7 @@
 """Base models: opened strictly, placed on their device, told apart by a fingerprint."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -66,7 +67,7 @@ def load_model(
     opened = open_model(path)
     with torch.device("meta"):
         model = opened.kind(opened.sizes, execution)
-    model.fingerprint = fingerprint(opened.tensors)
+    model.file, model.fingerprint = os.fspath(path), fingerprint(opened.tensors)
     model.file_dtype = next(iter(opened.tensors.values())).dtype
     placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in opened.parameters().items()}
     model.load_state_dict(placed, strict=True, assign=True)

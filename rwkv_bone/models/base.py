@@ -102,6 +102,7 @@ class LanguageModel(nn.Module):
 
     sizes: Any  # a subclass of Sizes
     head: nn.Linear
+    file: str = ""  # that it was read from; "": a new model
     fingerprint: str = "new"  # what tells the loaded weights from others; see files/models.py
     file_dtype: torch.dtype = torch.bfloat16  # of the file that the model came from, or will become
 
