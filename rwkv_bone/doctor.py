@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from .errors import UserError, run
@@ -143,8 +142,8 @@ def devices() -> Iterator[Finding]:
             f"GPU {i}: {properties.name}, {total / GIB:.1f} GiB of memory ({free / GIB:.1f} free), "
             f"compute capability {properties.major}.{properties.minor}"
         )
-        old = (properties.major, properties.minor) < (8, 0)
-        cure = "its kernels need 8.0 (Ampere) or newer; train with --op torch --precision fp32"
+        old = torch.version.hip is None and (properties.major, properties.minor) < (8, 0)
+        cure = "it has no arithmetic in bf16, which torch emulates, slowly, and runs the sequential kernels (from 7.5 on)"
         yield Finding("note", text, cure) if old else Finding("ok", text)
     if count:
         return
@@ -176,7 +175,7 @@ def compilers() -> Iterator[Finding]:
     from .ops import build, cuda
 
     tools = [("C++ compiler", build.cxx_compiler), ("ninja", build.ninja_binary)]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.version.hip is None:
         tools.append(("nvcc", cuda.nvcc))
     for name, find in tools:
         try:
@@ -192,50 +191,52 @@ def compilers() -> Iterator[Finding]:
 
 def relative_errors(op: str, device: str, dtype, N: int = 64) -> dict[str, float]:
     """Relative L2 errors of WKV6's and WKV7's outputs, final states and gradients against the definitions in float64."""
-    import torch
-    from torch.nn.functional import normalize
+    from .ops import selfcheck, wkv6, wkv7
 
-    from .ops import wkv6, wkv7
+    found: dict[str, float] = {}
+    for name, module in (("wkv6", wkv6), ("wkv7", wkv7)):
+        inputs, gy, gfinal = selfcheck.sample(name, 70, "random", dtype, N)
 
-    B, T, H = 1, 70, 2
-    generator = torch.Generator().manual_seed(0)
+        def function(*tensors):
+            return getattr(module, name)(**dict(zip(inputs, tensors)), op=op)  # noqa: B023
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    r, k, v, a = (random(B, T, H, N).to(dtype) for _ in range(4))
-    log_w, gate, state = -torch.exp(random(B, T, H, N) - 2), random(B, T, H, N).sigmoid(), random(B, H, N, N)
-    a = normalize(a.float(), dim=-1)
-    cases: list[tuple[str, Callable, Callable, dict[str, torch.Tensor]]]
-    cases = [
-        ("WKV6", wkv6.wkv6_reference, wkv6.wkv6, {"r": r, "k": k, "v": v, "log_w": log_w, "u": random(H, N), "state": state}),
-        ("WKV7", wkv7.wkv7_reference, wkv7.wkv7, {
-            "r": r, "log_w": log_w.clamp(min=-0.6), "k": k, "v": v, "a": -a.to(dtype), "b": (a * gate).to(dtype), "state": state,
-        }),
-    ]  # fmt: skip
-    errors = {}
-    for name, definition, function, inputs in cases:
-        results = []
-        for f, place, number in ((definition, "cpu", torch.float64), (partial(function, op=op), device, None)):
-            leaves = {n: x.detach().to(place, number or x.dtype, copy=True).requires_grad_() for n, x in inputs.items()}
-            y, final = f(**leaves)
-            # gradients that weigh the outputs, the same in both
-            weights = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x) for x in (y, final)]
-            gradients = torch.autograd.grad((y, final), list(leaves.values()), weights)
-            results.append([x.detach().double().cpu() for x in (y, final, *gradients)])
-        for what, wanted, found in zip(("y", "final state", *(f"gradient of {n}" for n in inputs)), *results):
-            errors[f"{name}'s {what}"] = float((wanted - found).norm() / wanted.norm())
-    return errors
+        run = selfcheck.by_autograd(function)
+        of = selfcheck.errors(run, module.recurrence.reference, inputs, gy, gfinal, device)
+        found |= {f"{name.upper()}'s {what}": error for what, error in of.items()}
+    return found
 
 
 def kernel_cases() -> list[tuple[str, str, str, float]]:
-    """(op, device, dtype, largest relative error) of each kernel that this machine may run."""
+    """(op, device, dtype, largest relative error) of each kernel that this machine may run, but for those of GPUs."""
     import torch
 
     cases = [("torch", "cpu", "float32", 1e-4), ("cpu", "cpu", "float32", 1e-4), ("cpu", "cpu", "bfloat16", 2e-2)]
-    if torch.cuda.is_available():
-        cases += [("torch", "cuda", "bfloat16", 2e-2), ("cuda", "cuda", "float32", 1e-4), ("cuda", "cuda", "bfloat16", 2e-2)]
-    return cases
+    return cases + [("torch", "cuda", "bfloat16", 2e-2)] * torch.cuda.is_available()
+
+
+def gpu_kernels() -> Iterator[Finding]:
+    """The verdicts on the kernels for GPUs: those that training would find, and keep."""
+    import torch
+
+    from .ops import selfcheck
+
+    device, fp32, bf16 = torch.device("cuda", torch.cuda.current_device()), torch.float32, torch.bfloat16
+    cases: list[tuple[str, str, str, torch.dtype, int]] = []
+    if torch.version.hip is None:
+        kinds = (("chunk", bf16), ("sequential", bf16), ("sequential", fp32))
+        cases += [("--op cuda", name, kernel, dtype, 64) for name in ("wkv6", "wkv7") for kernel, dtype in kinds]
+        cases.append(("--peft bone", "bone", "bone", bf16, 0))
+    if importlib.util.find_spec("fla"):
+        cases += [("--op fla", name, "fla", bf16, 64) for name in ("wkv6", "wkv7")]
+    for flag, name, kernel, dtype, N in cases:
+        title = f"{flag} on cuda, {name.upper()} {kernel}, {str(dtype)[6:]}"
+        try:
+            verdict = selfcheck.verdict(name, kernel, dtype, N, device)
+        except UserError as error:
+            yield Finding("note", f"{title}: {error}", "something slower runs in its place")
+            continue
+        cure = "it is not used; please report this line"
+        yield Finding("ok", f"{title}: {verdict.text}") if verdict.ok else Finding("note", f"{title}: {verdict.text}", cure)
 
 
 def kernels() -> Iterator[Finding]:
@@ -262,6 +263,8 @@ def kernels() -> Iterator[Finding]:
         else:
             cure = "do not use it; please report this line, and train with another --op"
             yield Finding("note", f"{name}: WRONG, {worst} is off by {errors[worst]:.0e} (allowed {tolerance:.0e})", cure)
+    if torch.cuda.is_available():
+        yield from gpu_kernels()
     if not worked:
         yield Finding("FAIL", "no kernel works here", "see above; at least --op torch should")
 

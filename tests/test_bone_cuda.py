@@ -7,9 +7,10 @@ import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, guarded, guarded_nan
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import build, cuda
+from rwkv_bone.ops import cuda
 from rwkv_bone.ops.bone import cpu as bone_cpu
 from rwkv_bone.ops.bone import cuda as bone_cuda
+from rwkv_bone.ops.selfcheck import Verdict
 from rwkv_bone.peft.bone import BoneLinear, blocks, tile_into
 from rwkv_bone.peft.rounding import add_rounded_
 
@@ -91,16 +92,20 @@ def test_sizes_they_do_not_take_go_the_other_way():
     assert not bone_cuda.fits(torch.zeros(2, 64, dtype=BF16), None, 64, 64)  # on the CPU
 
 
-def test_that_they_cannot_be_built_is_said_once(monkeypatch, capsys):
-    def fail(*args, **kwargs):
-        raise UserError("no nvcc here")
+@pytest.mark.parametrize("fault", ["built", "wrong"])
+def test_that_they_cannot_be_used_is_said_once(monkeypatch, capsys, fault):
+    def verdict(*args):
+        if fault == "built":
+            raise UserError("no nvcc here")
+        return Verdict(False, "y is off by 1e-01")
 
-    monkeypatch.setattr(build, "build", fail)
-    monkeypatch.setattr(cuda, "nvcc", lambda: "nvcc")
-    bone_cuda._load.cache_clear()
-    assert bone_cuda._load((8, 0)) is None and bone_cuda._load((8, 0)) is None
-    bone_cuda._load.cache_clear()
-    assert capsys.readouterr().err.count("no nvcc here") == 1
+    monkeypatch.setattr(bone_cuda, "verdict", verdict)
+    bone_cuda._verdict.cache_clear()
+    device = torch.device("cuda", 0)
+    assert bone_cuda.library(device) is None and bone_cuda.library(device) is None
+    assert bone_cuda.describe(device) == "in plain torch"
+    bone_cuda._verdict.cache_clear()
+    assert capsys.readouterr().err.count("no nvcc here" if fault == "built" else "off by 1e-01") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -12,8 +12,9 @@ import torch
 
 from rwkv_bone import doctor
 from rwkv_bone.errors import UserError, run
-from rwkv_bone.ops import build, wkv6, wkv7
+from rwkv_bone.ops import build, selfcheck, wkv6, wkv7
 from rwkv_bone.ops.float32 import onednn_is_right
+from rwkv_bone.ops.selfcheck import Verdict
 
 ROOT = Path(doctor.__file__).resolve().parents[1]
 
@@ -133,6 +134,24 @@ def test_a_kernel_that_stops_does_not_stop_the_report(monkeypatch):
     assert second.mark == "ok"
 
 
+def test_the_verdicts_on_a_gpus_kernels_are_shown(monkeypatch):
+    def verdict(name, kernel, dtype, N, device):
+        if name == "bone":
+            raise UserError("no nvcc here")
+        wrong = kernel == "sequential"
+        return Verdict(not wrong, "y is off by 1e-01 (allowed 4e-03)" if wrong else "right to 3e-03")
+
+    monkeypatch.setattr(selfcheck, "verdict", verdict)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = {f.text: f for f in doctor.gpu_kernels()}
+    assert found["--op cuda on cuda, WKV6 chunk, bfloat16: right to 3e-03"].mark == "ok"
+    wrong = found["--op cuda on cuda, WKV7 sequential, float32: y is off by 1e-01 (allowed 4e-03)"]
+    assert wrong.mark == "note" and "not used" in wrong.cure
+    assert found["--peft bone on cuda, BONE bone, bfloat16: no nvcc here"].mark == "note"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not [f for f in doctor.gpu_kernels() if "--op cuda" in f.text]
+
+
 # ---------------------------------------------------------------- devices and disk
 
 
@@ -152,7 +171,10 @@ def test_a_gpu_is_described_and_an_old_one_advised(monkeypatch):
     assert (gpu.mark, gpu.text) == ("ok", "GPU 0: Some GPU, 24.0 GiB of memory (20.0 free), compute capability 8.9")
     with_gpu(monkeypatch, 7, 5)
     _, gpu = doctor.devices()
-    assert gpu.mark == "note" and "--op torch" in gpu.cure
+    assert gpu.mark == "note" and "no arithmetic in bf16" in gpu.cure
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert [f.mark for f in doctor.devices()][1] == "ok"
+    assert not [f for f in doctor.compilers() if "nvcc" in f.text]
 
 
 @pytest.mark.parametrize(

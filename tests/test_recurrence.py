@@ -226,7 +226,6 @@ def test_compiles_to_one_graph_with_its_neighbours(op, f, form):
 def test_says_what_it_chose(op):
     variant, threads = op.kernels["cpu"].kernels.variants[-1], counted(torch.get_num_threads(), "thread")
     assert op.describe("cpu", FP32, 64) == f"C++ kernel, {variant}, {threads}"
-    assert op.describe("cuda", BF16, 64) == "CUDA kernel, chunk"
     assert op.describe("cpu", FP32, 64, op="torch") == "chunked, in plain torch"
 
 
@@ -261,7 +260,7 @@ def test_wkv7_refuses_heads_that_its_kernel_cannot_hold():
         ({"state": torch.ones(1, 2, 4, 4).mT}, r"state must be contiguous, and has strides"),
         ({"v": torch.ones(1, 5, 2, 4, device="meta")}, r"v must be on cpu as r is, not on meta"),
         ({"op": "cuda"}, r"op='cuda' takes tensors on cuda, and r is on cpu"),
-        ({"op": "fast"}, r"op must be one of auto, torch, cpu, cuda, not 'fast'"),
+        ({"op": "fast"}, r"op must be one of auto, torch, cpu, cuda, fla, not 'fast'"),
     ],
 )
 def test_bad_input_is_refused_by_name(op, f, changes, message):

@@ -168,7 +168,7 @@ def test_chunk_and_sequential_agree_on_what_they_keep_and_give(both, w_dtype):
 
 @pytest.mark.parametrize("dtype, N, kernel", [(BF16, 64, "chunk"), (BF16, 32, "sequential"), (FP32, 64, "sequential")])
 def test_the_kernel_is_chosen_by_dtype_and_head_size(dtype, N, kernel):
-    assert cuda.choose(dtype, N) == kernel and cuda.describe(dtype, N) == f"CUDA kernel, {kernel}"
+    assert cuda.choose(dtype, N) == kernel
 
 
 def test_chunk_takes_tensors_in_the_middle_of_others(both):

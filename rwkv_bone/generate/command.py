@@ -49,7 +49,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def open_model(args: argparse.Namespace) -> LanguageModel:
     """The model of --model and --peft_checkpoint, merged and ready to run."""
     device = pick_device(args.device)
-    if args.op in ("cpu", "cuda") and args.op != device.type:
+    if args.op in ("cpu", "cuda", "fla") and ("cuda" if args.op == "fla" else args.op) != device.type:
         raise UserError(f"--op {args.op} does not run on --device {device}; leave it out")
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = load_model(args.model, dtype, device, Execution(args.op))

@@ -56,7 +56,7 @@ class Sizes:
 class Execution:
     """How a model computes; nothing of it changes what is computed but for rounding."""
 
-    op: str = "auto"  # kernel of the recurrence: auto (by device), cpu, cuda, torch
+    op: str = "auto"  # kernel of the recurrence: one of ops.recurrence.OPS
     grad_cp: bool = False  # gradient checkpointing: blocks are recomputed in the backward pass
 
 

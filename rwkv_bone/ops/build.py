@@ -132,7 +132,7 @@ def build(
     if not library.exists():
         ninja = ninja_binary()
         library = (cache or cache_dir()) / library.name
-        with _lock(library.with_suffix(".lock")) as alone:
+        with lock(library.with_suffix(".lock")) as alone:
             if not library.exists():  # another process may have built it while we waited
                 for stale in library.parent.glob(f"{library.stem}.build-*") if alone else ():  # of builds that were killed
                     shutil.rmtree(stale, ignore_errors=True)
@@ -149,7 +149,7 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
+def lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on `path`, which goes with the process that holds it, however that ends.
 
     Yields whether it is held: on a file system without locks two processes build, each in its own folder.

@@ -19,6 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: what nvcc links needs a driver of its own version
 INT, SIZE, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 Functions = dict[str, tuple[Any, Sequence[Any]]]  # the types of what C functions return and take, by name
+refused: set[tuple[str, str, torch.dtype, int]] = set()  # recurrence, kernel, dtype, N: what selfcheck.py found unfit here
 
 
 def nvcc() -> str:
@@ -46,10 +47,13 @@ def nvcc() -> str:
 
 def build_library(name: str, capability: tuple[int, int], cache: Path | None = None) -> Path:
     """The shared library of cuda/`name`.cu for GPUs of that compute capability, built if it is not cached."""
-    if capability < (8, 0):
+    if torch.version.hip:
+        raise UserError("the CUDA kernels are for NVIDIA GPUs, and this torch is built for ROCm")
+    least = (8, 0) if name.endswith("chunk") else (7, 5)  # tensor cores for bf16, copies behind the program's back
+    if capability < least:
         raise UserError(
-            f"the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or newer, and this one has "
-            f"{capability[0]}.{capability[1]}; use --op torch"
+            f"needs a GPU of compute capability {least[0]}.{least[1]} ({'Ampere' if least[0] == 8 else 'Turing'}) or newer, and "
+            f"this one has {capability[0]}.{capability[1]}, {build.WITHOUT_COMPILER}"
         )
     return build.build(
         name, [build.Object(build.source(f"cuda/{name}.cu"))], nvcc(),
@@ -78,7 +82,8 @@ def choose(name: str, dtype: torch.dtype, N: int) -> str:
             f"{name}: the CUDA kernels take float32 or bfloat16 and heads of up to 128 channels, not {dtype} and {N}; "
             f"use op='torch'"
         )
-    return "chunk" if dtype == torch.bfloat16 and N == 64 else "sequential"
+    fits = dtype == torch.bfloat16 and N == 64 and (name, "chunk", dtype, N) not in refused
+    return "chunk" if fits else "sequential"
 
 
 def run(function, device: torch.device, *arguments) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("auto", "torch", "cpu", "cuda")
+from . import selfcheck
+
+OPS = ("auto", "torch", "cpu", "cuda", "fla")
 COMPUTE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}  # by r's dtype
 FORMS = ("BTHN", "HN", "BHNN", "BT")
 
@@ -38,10 +40,14 @@ STATE = Input("state", "BHNN", "compute", optional=True)
 
 class Recurrence:
     """The op `name`. `inputs`: those after r, STATE among them. `reference`, `chunked`: the definition for few tokens and the
-    form in matrix products for more than 16, which take the inputs in order. `kernels`: by device type."""
+    form in matrix products for more than 16, which take the inputs in order; `fla`: the same by flash-linear-attention's
+    kernels. `kernels`: by device type."""
 
-    def __init__(self, name: str, inputs: tuple[Input, ...], reference: Callable, chunked: Callable, kernels: dict[str, Any]):
-        self.name, self.inputs = name, inputs
+    def __init__(
+        self, name: str, inputs: tuple[Input, ...], reference: Callable, chunked: Callable, fla: Callable, kernels: dict[str, Any]
+    ):
+        self.name, self.inputs, self.fla = name, inputs, fla
+        self.ways: dict[tuple, str] = {}  # what runs on a GPU, by op, dtype, N and device
         self.reference, self.chunked, self.kernels = reference, chunked, kernels
         self.state = 1 + inputs.index(STATE)
         self.has_gradient = [True, *(i.dtype != "bool" for i in inputs)]
@@ -63,16 +69,34 @@ class Recurrence:
                 tensors = (*tensors[:n], x.to(compute), *tensors[n + 1 :])
         r = tensors[0]
         assert r is not None
-        if op == "torch":  # a chunk costs as much as 16 steps: sampling takes one at a time
+        way = self._way(r, op)
+        if way == "torch":  # a chunk costs as much as 16 steps: sampling takes one at a time
             return (self.chunked if r.shape[1] > 16 else self.reference)(*tensors)
+        if way == "fla":
+            return self.fla(*tensors)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         if save or torch.compiler.is_compiling() or type(r) is not Tensor:
             return self.op(*tensors, save)[:2]
         return self.kernels[r.device.type].forward(*tensors, False)[:2]  # the op's own cost is above a step's
 
+    def _way(self, r: Tensor, op: str) -> str:
+        """What runs: "torch", "fla", or a kernel of ours."""
+        if op == "torch" or r.device.type == "cpu":
+            return op
+        if torch.compiler.is_compiling() or type(r) is not Tensor:  # nothing can be tried out now
+            return op
+        key = (op, r.dtype, r.shape[-1], r.device)
+        if key not in self.ways:
+            self.ways[key] = selfcheck.choose(self, r.dtype, r.shape[-1], r.device, op).way
+        return self.ways[key]
+
     def describe(self, device: str, dtype: torch.dtype, N: int, op: str = "auto") -> str:
-        """What runs for inputs of `dtype` on `device` ("cpu", "cuda") with heads of N channels, in words."""
-        return "chunked, in plain torch" if op == "torch" else self.kernels[device].describe(dtype, N)
+        """What runs for inputs of `dtype` on `device` ("cpu", "cuda": the current GPU) with heads of N channels, in words."""
+        if op == "torch":
+            return selfcheck.WORDS[op]
+        if device == "cuda":
+            return selfcheck.choose(self, dtype, N, torch.device("cuda", torch.cuda.current_device()), op).text
+        return self.kernels[device].describe(dtype, N)
 
     def _check(self, tensors: tuple[Tensor | None, ...], op: str) -> torch.dtype:
         """The dtype to compute in for these arguments; else a ValueError that says of which tensor what was
@@ -104,7 +128,9 @@ class Recurrence:
             ):
                 self._refuse(n, tensors, shapes[form])
         place = device.type
-        if op != "torch" and (place not in self.kernels or op not in ("auto", place)):
+        if op != "torch" and (place not in self.kernels or op not in ("auto", place)) and (op != "fla" or place == "cpu"):
+            if op == "fla":
+                raise ValueError(f"{self.name}: op='fla' takes tensors on a GPU, and r is on {device}")
             if op == "auto":
                 raise ValueError(f"{self.name}: there is no kernel for {place}; use op='torch'")
             raise ValueError(f"{self.name}: op={op!r} takes tensors on {op}, and r is on {device}")

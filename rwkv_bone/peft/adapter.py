@@ -98,6 +98,11 @@ class AdapterLinear(nn.Module):
     def start(self) -> None:
         """Give the adapter its initial values. Zeros need nothing."""
 
+    @staticmethod
+    def kernels(device: str, dtype: torch.dtype) -> str:
+        """What computes the method on that kind of device beside torch's products, in words; "" for nothing."""
+        return ""
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype (under autocast: in its)."""
         device = x.device.type

@@ -126,6 +126,12 @@ class BoneLinear(AdapterLinear):
     def project(self, x: Tensor) -> Tensor:
         return BoneFunction.apply(x.contiguous(), self.weight, self.bone)
 
+    @staticmethod
+    def kernels(device: str, dtype: torch.dtype) -> str:
+        if device != "cuda" or dtype != torch.bfloat16:
+            return ""
+        return f"Bone: {bone_cuda.describe(torch.device('cuda', torch.cuda.current_device()))}"
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         weight = dense(self.weight)

@@ -87,7 +87,7 @@ def check_features(model: LanguageModel, config: TrainConfig) -> None:
         if asked and (why := model.cannot(feature)):
             raise UserError(f"{flag}: {why}; leave it out")
     device = device_type(config)
-    if config.op not in ("auto", "torch", device):
+    if config.op not in ("auto", "torch", device) and (config.op, device) != ("fla", "cuda"):
         raise UserError(f"--op {config.op} is no kernel for this run, which is on {device}; leave the flag out")
 
 

@@ -30,6 +30,11 @@ def base_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if precision(config) == "bf16" else torch.float32
 
 
+def native_bf16() -> bool:
+    """Whether the current GPU computes in bf16 itself (NVIDIA's from compute capability 8.0 on)."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+
+
 def trained_by_part(model: LanguageModel) -> dict[str, tuple[int, int]]:
     """What trains: part (`att.key`, `emb`, `time`, ...) -> (tensors, parameters)."""
     parts: dict[str, tuple[int, int]] = {}
@@ -76,9 +81,13 @@ def describe(model: LanguageModel, data: TrainingData, config: TrainConfig, worl
         schedule = f"{config.lr_init:g}, constant"
     lines.append(f"rate       {schedule}, {counted(config.warmup_steps, 'warm-up step')}")
     engine = config.strategy if config.strategy != "auto" else "ddp" if world > 1 else "one process"
-    kernels = model.kernels(device, base_dtype(config))
+    kernels = [model.kernels(device, base_dtype(config))]
+    kernels += [METHODS[config.peft].kernels(device, base_dtype(config))] if config.peft != "none" else []
     by = f" by {multiplied_by}" if multiplied_by and base_dtype(config) == torch.float32 else ""
-    lines.append(f"device     {world} x {name}, {precision(config)}{by}, engine: {engine}{kernels and f', {kernels}'}")
+    lines.append(f"device     {world} x {name}, {precision(config)}{by}, engine: {', '.join(filter(None, [engine, *kernels]))}")
+    if device == "cuda" and base_dtype(config) == torch.bfloat16 and not native_bf16():
+        cure = "--precision fp32 takes more memory and may be faster"
+        lines.append(f"note       this GPU has no arithmetic in bf16: torch emulates it, which is slow; {cure}")
     parts = estimate(model, config.micro_bsz, data.longest_row(), config, world, device == "cuda")
     detail = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items())
     lines.append(f"memory     about {in_bytes(sum(parts.values()))} a device: {detail}")

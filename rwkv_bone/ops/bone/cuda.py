@@ -1,6 +1,7 @@
 """The CUDA kernels of cuda/bone.cu: what Bone does between its matrix products, in bf16, in one pass over memory each.
 
-Built on first use like those of WKV6. Where they cannot be, it is said once, and Bone does the same in several torch operations.
+Built and checked on first use like those of WKV6. Where they cannot be used, it is said once, and Bone does the same in several
+torch operations.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..cuda import INT, POINTER, SIZE, Functions, declare, load, run
+from ..selfcheck import Verdict, verdict
 
 FUNCTIONS: Functions = {f"bone_{name}": (INT, [SIZE] + [INT] * 3 + [POINTER] * 4) for name in ("forward", "backward")}
 
@@ -48,14 +50,31 @@ def backward(g: Tensor, q: Tensor, du: Tensor) -> None:
     run(lib.bone_backward, g.device, n, m * r, g.shape[1], r, g, q, du)
 
 
+def describe(device: torch.device) -> str:
+    """What computes Bone's sums in bf16 on a GPU, in words."""
+    return f"CUDA kernels, checked on this GPU: {_verdict(device).text}" if _verdict(device).ok else "in plain torch"
+
+
 def library(device: torch.device) -> ctypes.CDLL | None:
-    return _load(torch.cuda.get_device_capability(device))
+    """The kernels, or None where they are not to be used."""
+    return _load(torch.cuda.get_device_capability(device)) if checking or _verdict(device).ok else None
+
+
+checking = False  # by the process that finds the verdict
 
 
 @functools.cache
-def _load(capability: tuple[int, int]) -> ctypes.CDLL | None:
+def _load(capability: tuple[int, int]) -> ctypes.CDLL:
+    return declare(load("bone", capability), FUNCTIONS)
+
+
+@functools.cache
+def _verdict(device: torch.device) -> Verdict:
     try:
-        return declare(load("bone", capability), FUNCTIONS)
+        found = verdict("bone", "bone", torch.bfloat16, 0, device)
     except UserError as error:
-        print(f"rwkv-bone: Bone's own kernels cannot be used, so its sums take more passes over memory: {error}", file=sys.stderr)
-        return None
+        found = Verdict(False, str(error))
+    if not found.ok:
+        slower = "Bone's own kernels cannot be used, so its sums take more passes over memory"
+        print(f"rwkv-bone: {slower}: {found.text}", file=sys.stderr)
+    return found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..recurrence import OPS, STATE, Input, Recurrence
 from . import cpu, cuda
+from .fla import wkv6_fla
 from .reference import wkv6_chunked, wkv6_reference
 
 __all__ = ["OPS", "describe", "recurrence", "wkv6", "wkv6_chunked", "wkv6_reference"]
@@ -15,7 +16,7 @@ __all__ = ["OPS", "describe", "recurrence", "wkv6", "wkv6_chunked", "wkv6_refere
 recurrence = Recurrence(
     "wkv6",
     (Input("k"), Input("v"), Input("log_w", dtype="r or compute"), Input("u", "HN", "compute"), STATE),
-    wkv6_reference, wkv6_chunked, {"cpu": cpu, "cuda": cuda},
+    wkv6_reference, wkv6_chunked, wkv6_fla, {"cpu": cpu, "cuda": cuda},
 )  # fmt: skip
 describe = recurrence.describe
 
@@ -28,7 +29,8 @@ def wkv6(
     r, k, v: (B, T, H, N), float32, bfloat16 or float64, contiguous. log_w: the same shape, <= 0 (-inf is w = 0), in
     r's dtype or float32. u: (H, N). state: (B, H, N, N) indexed [key, value], or None for zeros.
     Returns y (B, T, H, N) in r's dtype and the final state (B, H, N, N) in float32 (float64 if r is).
-    op: "auto" (the kernel of r's device), "cpu", "cuda", or "torch" (needs no compiler, any device).
+    op: "auto" (on a GPU the fastest that is right there), "cpu", "cuda", "fla" (flash-linear-attention's kernels), or "torch"
+    (needs no compiler, any device). On a GPU, UserError where the one asked for cannot be built or is wrong there.
     Relative L2 errors against float64 in float32 on the CPU: 1e-6, at every decay.
     Raises ValueError that names the tensor, what was expected and what came.
     """

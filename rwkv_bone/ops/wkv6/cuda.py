@@ -32,10 +32,6 @@ def choose(dtype: torch.dtype, N: int) -> str:
     return cuda.choose("wkv6", dtype, N)
 
 
-def describe(dtype: torch.dtype, N: int) -> str:
-    return f"CUDA kernel, {choose(dtype, N)}"
-
-
 def library(kernel: str, device: torch.device) -> ctypes.CDLL:
     return declare(load(f"wkv6_{kernel}", torch.cuda.get_device_capability(device)), FUNCTIONS)
 

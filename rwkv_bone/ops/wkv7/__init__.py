@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..recurrence import OPS, STATE, Input, Recurrence
 from . import cpu, cuda
+from .fla import wkv7_fla
 from .reference import wkv7_chunked, wkv7_reference
 
 __all__ = ["OPS", "describe", "recurrence", "wkv7", "wkv7_chunked", "wkv7_reference"]
@@ -18,7 +19,7 @@ recurrence = Recurrence(
         Input("log_w", dtype="r or compute"), Input("k"), Input("v"), Input("a"), Input("b"),
         STATE, Input("reset", "BT", "bool", optional=True),
     ),
-    wkv7_reference, wkv7_chunked, {"cpu": cpu, "cuda": cuda},
+    wkv7_reference, wkv7_chunked, wkv7_fla, {"cpu": cpu, "cuda": cuda},
 )  # fmt: skip
 describe = recurrence.describe
 
@@ -34,7 +35,8 @@ def wkv7(
     is `reset`). state: (B, H, N, N) indexed [value, key], or None for zeros. reset: (B, T) bool, True at a token before which
     the state becomes zero, or None for nowhere.
     Returns y (B, T, H, N) in r's dtype and the final state (B, H, N, N) in float32 (float64 if r is).
-    op: "auto" (the kernel of r's device), "cpu", "cuda", or "torch" (needs no compiler, any device).
+    op: "auto" (on a GPU the fastest that is right there), "cpu", "cuda", "fla" (flash-linear-attention's kernels), or "torch"
+    (needs no compiler, any device). On a GPU, UserError where the one asked for cannot be built or is wrong there.
     Raises ValueError that names the tensor, what was expected and what came.
     """
     return recurrence((r, log_w, k, v, a, b, state, reset), op)

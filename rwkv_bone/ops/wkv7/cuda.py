@@ -33,10 +33,6 @@ def choose(dtype: torch.dtype, N: int) -> str:
     return cuda.choose("wkv7", dtype, N)
 
 
-def describe(dtype: torch.dtype, N: int) -> str:
-    return f"CUDA kernel, {choose(dtype, N)}"
-
-
 def library(kernel: str, device: torch.device) -> ctypes.CDLL:
     return declare(load(f"wkv7_{kernel}", torch.cuda.get_device_capability(device)), FUNCTIONS)
 
