@@ -57,6 +57,7 @@ NOT_HERE = {  # how a command begins that cannot be run here: why, and what is t
     "srun": "a cluster: the flags are parsed",
     "[ $? = 138 ]": "a cluster: the script is parsed",
     "python -m rwkv_bone.compare": "hours: the report is made of the runs that are in benchmarks/results",
+    "python -m rwkv_bone.api": "writes the page: test_api.py compares it",
     "python -m rwkv_bone.training.memory": "minutes: it is run for small models",
 }
 ELSEWHERE = {"merging.md": "test_merge.py"}  # pages whose commands another file runs
@@ -125,6 +126,13 @@ def test_the_commands_of_the_readme_work(tmp_path):
     (other / "loss_data.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     assert run_page("README.md", tmp_path) >= 18
     assert (tmp_path / "tuned.pth").exists() and (tmp_path / "tuned.st").exists() and (tmp_path / "mine.idx").exists()
+
+
+def test_the_commands_about_data_work(tmp_path):
+    make_world(tmp_path)
+    shutil.move(tmp_path / "data.jsonl", tmp_path / "mine.jsonl")
+    assert run_page("data.md", tmp_path) == 2
+    assert (tmp_path / "mine.idx").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
