@@ -35,6 +35,10 @@ class Tokenizer:
         """What an adapter's record keeps of the tokenizer that read its text."""
         return {"kind": self.kind, "encoding": self.encoding}
 
+    def vocabulary(self) -> list[bytes | None]:
+        """The bytes of each token from 1 on, None for an id that means nothing; for a vocabulary of byte strings."""
+        raise UserError(f"the vocabulary of {self} is no list of byte strings")
+
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, without an end. UserError for text that is no Unicode (lone surrogates)."""
         raise NotImplementedError
@@ -92,6 +96,9 @@ class ByteTokenizer(Tokenizer):
     def __str__(self) -> str:
         return f"bytes of {self.encoding}"
 
+    def vocabulary(self) -> list[bytes | None]:
+        return [bytes([token - self._shift]) for token in range(1, self.vocab_size)]
+
     def encode(self, text: str) -> list[int]:
         if not self._shift and "\0" in text:
             raise UserError("the text holds U+0000, which ends a document where the vocabulary is 256; remove it")
@@ -134,6 +141,9 @@ class WorldTokenizer(Tokenizer):
 
     def __str__(self) -> str:
         return "World" if self._rust else f"World's kind, with the vocabulary {self.vocab_file}"
+
+    def vocabulary(self) -> list[bytes | None]:
+        return [self._entries.get(token) for token in range(1, self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

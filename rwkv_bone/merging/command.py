@@ -15,9 +15,10 @@ from ..interop.rwkv_peft import Foreign
 from ..peft import quant
 from .merge import Merge, Options
 from .verify import verify
-from .write import FORMATS, STATE_INSIDE, web_names, write_lora, write_model, write_peft, write_state
+from .write import FORMATS, STATE_INSIDE, gguf_plan, web_names, write_lora, write_model, write_peft, write_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SUFFIXES = {".st": "safetensors", ".safetensors": "safetensors", ".gguf": "gguf"}
 
 
 def make_parser() -> Parser:
@@ -34,8 +35,10 @@ def make_parser() -> Parser:
     add("--overwrite", action="store_true", help="replace --output if it exists")
     add("--force", action="store_true", help="merge an adapter into another base than it was trained on")
     add("--verify", action="store_true", help="compare logits of base + adapter with those of the written file")
-    add("--dtype", choices=tuple(DTYPES), help="of all tensors (default: the base's own; fp16 in safetensors)")
-    add("--format", choices=FORMATS, help="safetensors: with web-rwkv's names (default: by the name of --output)")
+    add("--dtype", choices=(*DTYPES, "q8_0"), help="of all tensors (default: the base's own; fp16 in safetensors and gguf); "
+        "q8_0: 8 bits, in gguf alone")  # fmt: skip
+    add("--format", choices=FORMATS, help="safetensors: with web-rwkv's names; gguf: for llama.cpp, Ollama, LM Studio (package "
+        "gguf); default: by the name of --output")  # fmt: skip
     add("--device", default="cpu", help="where to compute: cpu or cuda (default: cpu)")
     add("--as", dest="as_", choices=("lora", "peft", "state"),
         help="write an adapter instead: a LoRA (exact where the method is one, else by SVD), a folder of peft, or the trained "
@@ -55,14 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(args.output)
     inputs = [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])]
     check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
-    format = args.format or ("safetensors" if output.suffix in (".st", ".safetensors") else "pth")
-    dtype = DTYPES[args.dtype] if args.dtype else web_rwkv.DTYPE if format == "safetensors" else None
+    format = args.format or SUFFIXES.get(output.suffix, "pth")
+    dtype = DTYPES.get(args.dtype, web_rwkv.DTYPE if format == "safetensors" else None)
     options = Options(Foreign(args.lora_alpha, args.lora_init, args.type or ""), dtype, args.device, args.force, args.quant)
     check_device(args.device)
     check_combination(args, format)
     job = Merge(Path(args.base_model), [Path(path) for path in args.peft_checkpoint], options)
+    plan = None
     if format == "safetensors":
         web_names(job)
+    if format == "gguf":
+        plan = gguf_plan(job, args.dtype or "fp16")
     print(f"base       {job.base_path}: {job.model.describe()}")
     if args.quant != "none":
         print(f"           its projections of {' and '.join(job.kind.targets)} as they are in {args.quant}, dequantised")
@@ -84,12 +90,13 @@ def main(argv: list[str] | None = None) -> int:
                 print(write_state(job, output, format))
         return 0
     began = time.monotonic()
-    write_model(job, output, format)
+    write_model(job, output, format, plan)
     if job.adapters:
         print(job.report())
-    dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype, _ in job.layout.values()}))
-    took = time.monotonic() - began
-    print(f"written    {output}: {format}, {len(job.layout)} tensors, {dtypes}, {job.size / 2**20:,.1f} MiB, in {took:.1f} s")
+    dtypes = plan.types if plan else {str(dtype).removeprefix("torch.") for dtype, _ in job.layout.values()}
+    count, took = len(plan.tensors if plan else job.layout), time.monotonic() - began
+    size = output.stat().st_size / 2**20
+    print(f"written    {output}: {format}, {count} tensors, {', '.join(sorted(dtypes))}, {size:,.1f} MiB, in {took:.1f} s")
     if job.initial_state:
         print(STATE_INSIDE)
     if args.verify:
@@ -119,6 +126,12 @@ def check_device(device: str) -> None:
 
 
 def check_combination(args: argparse.Namespace, format: str) -> None:
+    if args.dtype == "q8_0" and format != "gguf":
+        raise UserError(f"--dtype q8_0 is a type of GGUF files: give --format gguf, or fp16 or bf16 for {format}")
+    if args.verify and format == "gguf":
+        raise UserError("--verify reads .pth and safetensors: leave it out with --format gguf")
+    if args.as_ == "state" and format == "gguf":
+        raise UserError("--as state: there are no GGUF files of states; give --output state.pth or state.st")
     if not args.as_:
         if args.rank:
             raise UserError("--rank is for --as lora")

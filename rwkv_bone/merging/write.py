@@ -6,26 +6,41 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..files.adapters import save_adapter
 from ..files.atomic import atomic
 from ..files.models import identity
 from ..files.pth import Layout, write_pth
 from ..files.safetensors import write_safetensors
+from ..interop import gguf, web_rwkv
 from ..interop import hf_peft as hf
-from ..interop import web_rwkv
 from ..models.base import WebNames
 from ..terminal import Progress
 from .as_lora import as_lora
 from .merge import Merge, converted, ratio
 
-FORMATS = ("pth", "safetensors")
+FORMATS = ("pth", "safetensors", "gguf")
+VOCABULARIES = (65536, 256, 257)  # World's and bytes: what GGUF's tokenizer for RWKV can express
 
 
 def web_names(job: Merge) -> WebNames:
     if job.kind.web_names is None:
         raise UserError(f"--format safetensors is web-rwkv's, which has no {job.kind.title}; write a .pth")
     return job.kind.web_names
+
+
+def gguf_plan(job: Merge, type: str) -> gguf.Plan:
+    """The plan of a GGUF file; the job's layout becomes what it asks for."""
+    gguf.package()
+    if job.sizes.vocab_size not in VOCABULARIES:
+        raise UserError(f"--format gguf: a vocabulary of {job.sizes.vocab_size} is neither World's (65536) nor bytes (256, 257)")
+    vocabulary = open_tokenizer("auto", job.sizes.vocab_size).vocabulary()
+    if job.initial_state:
+        raise UserError("--format gguf: llama.cpp has no place for a trained initial state; write a .pth")
+    plan = gguf.Plan(job.kind, job.sizes, type, vocabulary, str(job.base_path))
+    job.layout = {name: (plan.dtypes.get(job.parameter[name], dtype), shape) for name, (dtype, shape) in job.layout.items()}
+    return plan
 
 
 def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -39,7 +54,9 @@ def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: 
         write_safetensors(file, theirs, ((web_rwkv.web_name(web, n), web_rwkv.web_tensor(web, n, t)) for n, t in tensors))
 
 
-def write_model(job: Merge, path: Path, format: str) -> None:
+def write_model(job: Merge, path: Path, format: str, plan: gguf.Plan | None = None) -> None:
+    """`plan`: of the format gguf."""
+
     def shown() -> Iterator[tuple[str, Tensor]]:
         done = 0
         with Progress(job.size, unit="B", label="merging", leave=False) as progress:
@@ -48,7 +65,10 @@ def write_model(job: Merge, path: Path, format: str) -> None:
                 done += tensor.nbytes
                 progress.update(done)
 
-    write_tensors(job, path, format, job.layout, shown())
+    if plan is None:
+        write_tensors(job, path, format, job.layout, shown())
+        return
+    gguf.write_gguf(path, plan, [job.parameter[name] for name in job.layout], ((job.parameter[n], t) for n, t in shown()))
 
 
 def write_lora(job: Merge, output: Path, rank: int) -> str:

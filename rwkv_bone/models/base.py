@@ -70,6 +70,14 @@ class WebNames(NamedTuple):
     transposed: tuple[str, ...]  # ends of the names whose last two dimensions are swapped there
 
 
+class GGUFTensor(NamedTuple):
+    """A tensor as llama.cpp reads it, and how it is made, for interop/gguf.py."""
+
+    name: str  # there
+    parameters: tuple[str, ...]  # here, of which it is made
+    make: Callable[..., Tensor]  # of their tensors
+
+
 # ---------------------------------------------------------------- models
 
 # The best constant rates of tiny-rwkv6-1m, whose width is 64 (docs/comparison.md), by PEFT method; "none": full training.
@@ -99,6 +107,7 @@ class LanguageModel(nn.Module):
     l2wrap: ClassVar[bool] = True  # whether RWKV's L2Wrap is added to the loss by default
     template: ClassVar[str] = "world"  # default template of prompts and answers
     web_names: ClassVar[WebNames | None] = None  # None: web-rwkv has no such model
+    gguf_architecture: ClassVar[str] = ""  # llama.cpp's name of the model; "": it has no such model
 
     sizes: Any  # a subclass of Sizes
     head: nn.Linear
@@ -250,6 +259,16 @@ class LanguageModel(nn.Module):
     def parameter_name(cls, file_name: str) -> str:
         """The parameter's name here of a tensor's name in a file."""
         return file_name
+
+    @classmethod
+    def gguf_metadata(cls, sizes: Any, source: str) -> dict[str, int | float]:
+        """What llama.cpp demands under `gguf_architecture`; UserError, naming `source`, for sizes that it cannot have."""
+        raise NotImplementedError
+
+    @classmethod
+    def gguf_tensors(cls, sizes: Any) -> Iterator[GGUFTensor]:
+        """All tensors of the model as llama.cpp reads them."""
+        raise NotImplementedError
 
     @classmethod
     def shapes(cls, sizes: Any, initial_state: bool = False) -> dict[str, tuple[int, ...]]:

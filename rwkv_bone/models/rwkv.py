@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..ops.recompute import recomputed
 from ..ops.recurrence import Recurrence
-from .base import USUAL, Execution, LanguageModel, Sizes
+from .base import USUAL, Execution, GGUFTensor, LanguageModel, Sizes
+
+GGUF_OUTSIDE = {"emb": "token_embd", "blocks.0.ln0": "token_embd_norm", "ln_out": "output_norm", "head": "output"}
 
 
 class LayerState(NamedTuple):
@@ -100,6 +102,8 @@ class RWKV(LanguageModel):
     targets = ("att", "ffn")
     full_parts = ("emb", "head", "time", "ln")
     capabilities = frozenset({"infctx", "state", "pack", "op"})
+    gguf_names: ClassVar[Mapping[str, str]]  # within a block, without .weight and .bias: here -> llama.cpp's
+    gguf_lerps: ClassVar[tuple[str, ...]]  # within a block: the vectors that it reads as one tensor, in this order
     state_rate: ClassVar[float]  # recommended for state tuning: heads are alike at every width
 
     def __init__(self, sizes: RWKVSizes, execution: Execution = USUAL):
@@ -234,6 +238,39 @@ class RWKV(LanguageModel):
             raise UserError(f"{source}: head size {sizes.head_size} does not divide {sizes.dim_att}; the file is damaged")
         cls.check(sizes, tensors, source)
         return sizes
+
+    @classmethod
+    def gguf_metadata(cls, sizes: Any, source: str) -> dict[str, int | float]:
+        if sizes.dim_att != sizes.n_embd:
+            raise UserError(f"{source}: dim_att {sizes.dim_att} is not n_embd, {sizes.n_embd}, and llama.cpp knows no such model")
+        return {
+            "context_length": 1 << 20,  # there is no limit
+            "embedding_length": sizes.n_embd,
+            "block_count": sizes.n_layer,
+            "feed_forward_length": sizes.dim_ffn,
+            "attention.layer_norm_epsilon": 1e-5,
+            "attention.head_count": 0,  # demanded and not used
+            "wkv.head_size": sizes.head_size,
+        }
+
+    @classmethod
+    def gguf_tensors(cls, sizes: Any) -> Iterator[GGUFTensor]:
+        for name in cls.shapes(sizes):
+            stem, kind = name.rpartition(".")[::2] if name.endswith((".weight", ".bias")) else (name, "weight")
+            if stem in GGUF_OUTSIDE:
+                yield GGUFTensor(f"{GGUF_OUTSIDE[stem]}.{kind}", (name,), torch.squeeze)
+                continue
+            _, layer, inner = stem.split(".", 2)
+            if inner == cls.gguf_lerps[0]:
+                parts = tuple(f"blocks.{layer}.{lerp}" for lerp in cls.gguf_lerps)
+                yield GGUFTensor(f"blk.{layer}.time_mix_lerp_fused.weight", parts, lambda *parts: torch.stack(parts))
+            elif inner not in cls.gguf_lerps:
+                yield GGUFTensor(f"blk.{layer}.{cls.gguf_names[inner]}.{kind}", (name,), cls.gguf_change(inner, int(layer)))
+
+    @classmethod
+    def gguf_change(cls, inner: str, layer: int) -> Callable[[Tensor], Tensor]:
+        """What llama.cpp does to the tensor of that name within that block."""
+        raise NotImplementedError
 
     @classmethod
     def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKVSizes:

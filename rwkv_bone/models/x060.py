@@ -5,7 +5,7 @@ Sizes: B batch, T time, C n_embd, A dim_att = H * N (H heads of size N), F dim_f
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,16 @@ from .base import WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
 
 LN_X_EPS = 1e-5 * 8**2  # RWKV-LM: 1e-5 * head_size_divisor^2, with divisor 8 in every release
+RESCALE_EVERY = 6  # layers between halvings of x in GGUF files, so that float16 holds it, as the released models have it
 LERPS = "wkvrg"  # the order of the five data-dependent lerps in time_maa_w2
+GGUF_NAMES = {
+    "ln1": "attn_norm", "ln2": "attn_norm_2", "att.time_maa_x": "time_mix_lerp_x", "att.time_maa_w1": "time_mix_w1",
+    "att.time_maa_w2": "time_mix_w2", "att.time_decay": "time_mix_decay", "att.time_decay_w1": "time_mix_decay_w1",
+    "att.time_decay_w2": "time_mix_decay_w2", "att.time_faaaa": "time_mix_first", "att.ln_x": "time_mix_ln",
+    **{f"att.{name}": f"time_mix_{name}" for name in ("receptance", "key", "value", "gate", "output")},
+    "ffn.time_maa_k": "channel_mix_lerp_k", "ffn.time_maa_r": "channel_mix_lerp_r",
+    **{f"ffn.{name}": f"channel_mix_{name}" for name in ("key", "receptance", "value")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,9 @@ class RWKV6(RWKV):
     version, title = "x060", "RWKV-6 (x060)"
     Sizes, Block, recurrence = RWKV6Sizes, Block, recurrence
     state_rate = 1.0
+    gguf_architecture = "rwkv6"
+    gguf_lerps = tuple(f"att.time_maa_{name}" for name in LERPS)
+    gguf_names = GGUF_NAMES
     web_names = WebNames(
         renamed={"time_faaaa": "time_first", "time_maa": "time_mix"},
         transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state"),
@@ -175,6 +187,20 @@ class RWKV6(RWKV):
 
     def lr_multiplier(self, name: str) -> float:
         return 2.0 if name.endswith(".time_decay") else 1.0
+
+    @classmethod
+    def gguf_metadata(cls, sizes: RWKV6Sizes, source: str) -> dict[str, int | float]:
+        ranks = {"time_mix_extra_dim": sizes.d_mix_lora, "time_decay_extra_dim": sizes.d_decay_lora}
+        return {**super().gguf_metadata(sizes, source), **ranks, "rescale_every_n_layers": RESCALE_EVERY}
+
+    @classmethod
+    def gguf_change(cls, inner: str, layer: int) -> Callable[[Tensor], Tensor]:
+        match inner:
+            case "att.time_maa_w1" | "att.time_maa_w2" | "att.time_decay_w1" | "att.time_decay_w2":
+                return lambda t: t.transpose(-1, -2)
+            case "att.output" | "ffn.value":  # llama.cpp halves x behind every so many layers
+                return lambda t: t / 2 ** (layer // RESCALE_EVERY)
+        return torch.squeeze
 
     @classmethod
     def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKV6Sizes:

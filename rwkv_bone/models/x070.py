@@ -7,8 +7,8 @@ w (decay), a (in-context learning rate), v (value residual), g (gate).
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..ops.recompute import recompute_in_backward
 from ..ops.wkv7 import recurrence, wkv7
-from .base import WebNames
+from .base import GGUFTensor, WebNames
 from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
 
 LN_X_EPS = 64e-5  # for every head size
 KK_EPS = 1e-12
 LERPS = "rwkvag"  # the inputs of the time mixing, in the order of the file
 RANKS = {"w": "d_decay_lora", "a": "d_aaa_lora", "v": "d_mv_lora", "g": "d_gate_lora"}
+GGUF_NAMES = {
+    "ln1": "attn_norm", "ln2": "attn_norm_2", "att.ln_x": "time_mix_ln", "ffn.x_k": "channel_mix_lerp_k",
+    **{f"att.{name}{i}": f"time_mix_{name}{i}" for name in RANKS for i in range(3)},
+    **{f"att.{name}": f"time_mix_{name}" for name in ("k_k", "k_a", "r_k", "receptance", "key", "value", "output")},
+    **{f"ffn.{name}": f"channel_mix_{name}" for name in ("key", "value")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,9 @@ class RWKV7(RWKV):
     version, title = "x070", "RWKV-7 (x070)"
     Sizes, Block, recurrence = RWKV7Sizes, Block, recurrence
     state_rate = 1e-3
+    gguf_architecture = "rwkv7"
+    gguf_lerps = tuple(f"att.x_{name}" for name in LERPS)
+    gguf_names = GGUF_NAMES
     template = "g1"
     web_names = WebNames(renamed={}, transposed=tuple(f".att.{name}{i}" for name in RANKS for i in (1, 2)))
 
@@ -226,6 +235,28 @@ class RWKV7(RWKV):
                 "use a plain RWKV-7 model, such as one of the rwkv7-g1 files"
             )
         return super().sizes_of(tensors, source)
+
+    @classmethod
+    def gguf_metadata(cls, sizes: RWKV7Sizes, source: str) -> dict[str, int | float]:
+        names = {"w": "decay", "a": "iclr", "v": "value_residual_mix", "g": "gate"}
+        ranks = {f"attention.{names[lora]}_lora_rank": getattr(sizes, rank) for lora, rank in RANKS.items()}
+        return {**super().gguf_metadata(sizes, source), **ranks}
+
+    @classmethod
+    def gguf_tensors(cls, sizes: RWKV7Sizes) -> Iterator[GGUFTensor]:
+        for tensor in super().gguf_tensors(replace(sizes, v_in_layer_0=False)):
+            yield tensor
+            if tensor.name.startswith("blk.0.time_mix_a"):  # llama.cpp demands a v0, v1, v2 of layer 0 with a's rank, unused
+                yield tensor._replace(name=tensor.name.replace("_a", "_v"))
+
+    @classmethod
+    def gguf_change(cls, inner: str, layer: int) -> Callable[[Tensor], Tensor]:
+        match inner:
+            case "att.w1" | "att.w2" | "att.a1" | "att.a2" | "att.v1" | "att.v2" | "att.g1" | "att.g2":
+                return lambda t: t.transpose(0, 1)
+            case "att.r_k":
+                return torch.flatten
+        return torch.squeeze
 
     @classmethod
     def read_sizes(cls, tensors: Mapping[str, Tensor], n_layer: int) -> RWKV7Sizes:
