@@ -76,7 +76,7 @@ def run(main) -> None:
     written are removed; a SIGHUP that the caller ignores (nohup) stays ignored. Where nobody reads on (`... | head -1`) the end
     is quiet, with the code 141 that a program killed by SIGPIPE has. Text that the terminal's encoding lacks is escaped.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:  # Windows has no SIGHUP
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
@@ -108,7 +108,9 @@ def run(main) -> None:
 
 
 def unread(stream: int) -> bool:
-    """Whether the file descriptor `stream` is a pipe that nobody reads any more."""
+    """Whether the file descriptor `stream` is a pipe that nobody reads any more; on Windows, which does not tell, yes."""
+    if not hasattr(select, "poll"):
+        return True
     poll = select.poll()
     poll.register(stream, 0)  # only what is always told: errors
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -51,11 +51,16 @@ class Clock:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that this process has held so far: on the GPU what torch has given out, else all that is resident."""
+    """The most memory that this process has held so far: on the GPU what torch has given out, else all that is resident.
+
+    0 on the CPU of a system that does not tell (Windows).
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

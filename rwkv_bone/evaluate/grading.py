@@ -9,9 +9,9 @@ import importlib.metadata
 import json
 import operator
 import re
-import select
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -102,8 +102,7 @@ class MathVerify:
         try:
             process.stdin.write(json.dumps(said).encode() + b"\n")
             process.stdin.flush()
-            ready = select.select([process.stdout], [], [], SECONDS)[0]
-            line = process.stdout.readline() if ready else b""
+            line = line_within(process, SECONDS)
         except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):  # too slow, or ended by its memory
@@ -119,11 +118,21 @@ class MathVerify:
             self.process = None
 
 
+def line_within(process: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    """The next line of its output; b"" where none comes in time: then the process is of no more use."""
+    assert process.stdout
+    lines: list[bytes] = []
+    # a thread, as Windows knows no select() of pipes
+    reading = threading.Thread(target=lambda pipe: lines.append(pipe.readline()), args=(process.stdout,), daemon=True)
+    reading.start()
+    reading.join(seconds)
+    return lines[0] if lines else b""
+
+
 def start() -> "subprocess.Popen[bytes]":
     process = subprocess.Popen([sys.executable, str(PROCESS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-    assert process.stdout
-    if not select.select([process.stdout], [], [], START_SECONDS)[0] or process.stdout.readline() != b"ready\n":
+    if line_within(process, START_SECONDS) != b"ready\n":
         process.kill()
         process.communicate()
         raise UserError("math-verify does not start; see python -c 'import math_verify', or give --grader original")

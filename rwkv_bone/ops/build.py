@@ -56,6 +56,8 @@ def user_cache() -> Path:
 
 def private_folder() -> Path:
     """A folder of this user's among the temporary files, which no other user can write, lest a library be placed there."""
+    if not hasattr(os, "getuid"):  # Windows, where temporary files are the user's own
+        return Path(tempfile.mkdtemp(prefix="rwkv-bone-"))
     folder = Path(tempfile.gettempdir()) / f"rwkv-bone-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
@@ -152,18 +154,19 @@ def load(library: Path) -> ctypes.CDLL:
 def lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on `path`, which goes with the process that holds it, however that ends.
 
-    Yields whether it is held: on a file system without locks two processes build, each in its own folder.
+    Yields whether it is held: without locks (on Windows, on some file systems) two processes build, each in its own folder.
     """
-    import fcntl  # not on Windows
-
     with open(path, "w") as file:
         alone = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"rwkv-bone: waiting for another process that builds {path.stem}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"rwkv-bone: waiting for another process that builds {path.stem}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
             alone = False
         yield alone
 
