@@ -52,7 +52,7 @@ grader = open_grader("math-verify", "math")
 assert grader.grade(r"It is $\\\\frac{1}{2}$, so \\\\boxed{\\\\frac{2}{4}x}.", r"\\\\frac{x}{2}").correct
 grader.close()
 assert build.private_folder().is_dir()
-with build._lock(__import__("pathlib").Path("lock")) as alone:
+with build.lock(__import__("pathlib").Path("lock")) as alone:
     assert not alone
 """
 
