@@ -52,7 +52,7 @@ def flag(default: Any, group: str, help: str, choices=None, **more) -> Any:
 class TrainConfig:
     """One training run. Each field is the flag `--name`; sizes of 0 mean "as the file has it", or the default of a new model."""
 
-    load_model: str = flag("", "model", 'RWKV .pth to train; "" makes a new model of --n_layer, --n_embd, --vocab_size')
+    load_model: str = flag("", "model", '.pth, folder or .gguf to train; "": a new model of --n_layer, --n_embd, --vocab_size')
     my_testing: str = flag("", "model", f"version of the model: {', '.join(MODELS)}; the file says it, a new one is the first")
     vocab_size: int = flag(0, "model", "vocabulary; checked against the file")
     n_layer: int = flag(0, "model", "layers; checked against the file")
@@ -132,7 +132,7 @@ class TrainConfig:
     )
     chunk_ctx: int = flag(512, "training", "tokens of a chunk with --train_type infctx")
     truncate: bool = flag(False, "training", "infctx: no gradient across chunk borders; faster")
-    l2wrap: bool = flag(True, "training", "RWKV's pull on each position's largest logit")
+    l2wrap: bool | None = flag(None, "training", "RWKV's pull on each position's largest logit; default: RWKV models, not others")
     random_seed: int = flag(0, "training", "seed of data order, dropout and new tensors; -1: a new one each time")
 
     accelerator: str = flag("auto", "devices", "auto takes a GPU if there is one", choices=("auto", "gpu", "cuda", "cpu"))
@@ -220,6 +220,9 @@ class TrainConfig:
         config = cls(**{**given, **read.more}, notes=read.notes)
         return config if config.lr_final >= 0 else replace(config, lr_final=config.lr_init)
 
+    def wants_l2wrap(self, model: Any) -> bool:
+        return model.l2wrap if self.l2wrap is None else self.l2wrap
+
     def to_json(self) -> str:
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, indent=1)
 
@@ -271,9 +274,9 @@ def make_parser() -> tuple[Parser, list[str]]:
 
 def add_flag(group, name: str, default: Any, text: str, choices=None) -> None:
     kind = type(default)
-    shown = " ".join(default) if kind is tuple else int(default) if kind is bool else default
+    shown = " ".join(default) if kind is tuple else int(default) if kind is bool else "" if default is None else default
     more: dict[str, Any] = {"help": f"{text} (default: {shown if shown != '' else '-'})".replace("%", "%%")}
-    if kind is bool:
+    if kind is bool or default is None:
         more.update(type=truth, nargs="?", const=True, metavar="0|1")
     elif kind is tuple:
         more.update(nargs="*", metavar=name.upper()[:-1])

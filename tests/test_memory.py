@@ -30,7 +30,7 @@ def training(model: LanguageModel, B: int, T: int, config: TrainConfig):
 
     def forward(piece, state=None):
         hidden, state = model.hidden(piece["idx"], state)
-        return cross_entropy_sum(hidden, model.head.weight, piece["targets"], config.l2wrap), state
+        return cross_entropy_sum(hidden, model.head.weight, piece["targets"], config.wants_l2wrap(model)), state
 
     def steps():
         optimiser = make_optimiser(model, config)

@@ -96,11 +96,9 @@ class RowEncoder:
         stretches: list[str] = []  # of all documents
         trained: list[bool] = []  # whether each is
         counts = []  # how many a document has
+        whole = []  # whether its template writes a document's beginning and end
         talks = [item for item in items if type(item) is not str]
         _refuse_marks(talks)
-        if talks and self.loss_mask == "answer" and not self.template.marks:
-            raise UserError(f"the template {self.template.name} does not mark what is trained; put {{% generation %}} ... "
-                            "{% endgeneration %} around the assistant's part, or give --loss_mask all")  # fmt: skip
         rendered = iter(self.template.render(talks) if talks else ())
         for number, item in zip(numbers, items):
             if type(item) is str:
@@ -124,11 +122,16 @@ class RowEncoder:
             stretches.append("")  # the end's place
             trained.append(flags[-1])
             counts.append(len(pieces) + 1)
+            whole.append(type(item) is not str and self.template.whole)
         ids = self.tokenizer.encode_batch(stretches)
         borders = np.cumsum(counts, dtype=np.int64)
-        end = list(self.tokenizer.end)
-        for place in (borders - 1).tolist():
-            ids[place] = end
+        begin, end = list(self.tokenizer.begin), list(self.tokenizer.end)
+        for place, count, by_template in zip((borders - 1).tolist(), counts, whole):
+            if begin and not by_template:
+                ids[place - count + 1] = begin + ids[place - count + 1]
+            last = ids[max(place - 2, place - count + 1) : place]  # of them one is the answer, and white space may follow it
+            ended = by_template and any(self.tokenizer.stops & set(piece[-1:]) for piece in last)
+            ids[place] = [] if ended else end
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32
         tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))

@@ -16,7 +16,7 @@ border is exact ("Assistant:" is followed by " answer": in the World vocabulary 
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +30,7 @@ from ..errors import UserError
 
 FOLDER = Path(__file__).with_name("templates")
 BUILT_IN = ("world", "g1")
+OWN = "the model's own"
 # Marks in a rendered text. They are halves of surrogate pairs, which no text of a file holds: rows with such are refused.
 BORDER, END, CHANGED = "\udff0", "\udff1", "\udff2"
 AS_IT_IS, STRIPPED = "\udff3", "\udff4"  # the place of a message's text, and one to which `no_blank_lines` was applied
@@ -57,6 +58,13 @@ def no_blank_lines(text: str) -> str:
     return re.sub("\n\n+", "\n", text.replace("\r\n", "\n")) + CHANGED
 
 
+def with_input(message: Message) -> Message:
+    """A question with the text that it is about as one text: templates of other programs know no `input`."""
+    if "input" not in message:
+        return message
+    return {"role": message["role"], "content": f"{message['content']}\n\n{message['input']}"}
+
+
 def raise_exception(message: str) -> NoReturn:
     raise UserError(message)
 
@@ -66,24 +74,28 @@ def to_json(value, indent=None, ensure_ascii: bool = False, **options) -> str:
 
 
 class Template:
-    """name     for messages and records: "world", "g1" or the path of a file
+    """name     for messages and records: "world", "g1", the path of a file, or OWN
     source   the jinja2 text
-    bos_token, eos_token   texts of a model's own, where its template uses them
+    tokens   special tokens of the model that a template may use: bos_token, eos_token, ...
+    whole    whether it writes the beginning and the end of a document too, as those that come with models do
+
+    A template that does not say by `{% generation %}` what is trained is asked: an answer is what it puts after the text that it
+    gives as a prompt (`add_generation_prompt`), up to and with its mark for the end of the answer.
     """
 
-    def __init__(self, name: str, source: str, bos_token: str = "", eos_token: str = ""):
-        self.name, self.source = name, source
+    def __init__(self, name: str, source: str, tokens: Mapping[str, str] | None = None, whole: bool = False):
+        self.name, self.source, self.tokens, self.whole = name, source, dict(tokens or {}), whole
         kind = jinja2.Environment if name in BUILT_IN else ImmutableSandboxedEnvironment  # files are not trusted
         environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         environment.filters |= {"no_blank_lines": no_blank_lines, "tojson": to_json}
         environment.globals |= {
             "raise_exception": raise_exception,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-            "bos_token": bos_token,
-            "eos_token": eos_token,
+            "bos_token": "",
+            "eos_token": "",
             "add_generation_prompt": False,
+            **self.tokens,
         }
-        self._tokens = (bos_token, eos_token)
         self._forms: dict[tuple[str, ...], tuple[str, list[bool]]] = {}
         try:
             self._one = environment.from_string(source)
@@ -111,12 +123,20 @@ class Template:
         if not (isinstance(config, dict) and isinstance(config.get("chat_template"), str)):
             raise UserError(f"the template {which} is JSON, an earlier form; templates are jinja2 files now: begin with a copy "
                             f"of {FOLDER / 'world.jinja'}, and name your fields by --fields")  # fmt: skip
-        tokens = [config.get(name) or "" for name in ("bos_token", "eos_token")]
-        return cls(str(which), config["chat_template"], *(t["content"] if isinstance(t, dict) else t for t in tokens))
+        tokens = {name: config.get(name) or "" for name in ("bos_token", "eos_token")}
+        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        return cls(str(which), config["chat_template"], tokens)
 
-    def identity(self) -> dict[str, str]:
+    @classmethod
+    def of_model(cls, text: Any, usual: str) -> "Template":
+        """The one that came with a model (models/base.py, OwnText), else the one called `usual`."""
+        return cls(OWN, text.template, text.tokens, whole=True) if text and text.template else cls.open(usual)
+
+    def identity(self) -> dict[str, Any]:
         """What an adapter's record keeps: `Template.of(...)` makes the same again."""
-        return {"name": self.name} if self.name in BUILT_IN else {"name": self.name, "source": self.source}
+        if self.name in BUILT_IN:
+            return {"name": self.name}
+        return {"name": self.name, "source": self.source, "tokens": self.tokens, "whole": self.whole}
 
     @classmethod
     def of(cls, identity: Any) -> "Template":
@@ -124,11 +144,12 @@ class Template:
         identity = identity if isinstance(identity, dict) else {}
         name, source = identity.get("name"), identity.get("source")
         if isinstance(name, str) and isinstance(source, str):
-            return cls(name, source)
+            tokens = identity.get("tokens")
+            return cls(name, source, tokens if isinstance(tokens, dict) else {}, identity.get("whole") is True)
         return cls.open(name if name in BUILT_IN else "world")
 
     def __reduce__(self):
-        return Template, (self.name, self.source, *self._tokens)
+        return Template, (self.name, self.source, self.tokens, self.whole)
 
     @property
     def marks(self) -> bool:
@@ -143,6 +164,8 @@ class Template:
         return [next(rendered) if text is None else text for text in texts]
 
     def _rendered(self, conversations: Sequence[tuple[list[Message], Any]]) -> list[str]:
+        if not self.marks:
+            return [self._marked(*conversation) for conversation in conversations]
         texts = self._call(self._many, conversations=conversations).split(END)
         assert len(texts) == len(conversations) + 1
         return [text.replace(BORDER + BORDER, "") for text in texts[:-1]]
@@ -164,6 +187,30 @@ class Template:
         form, stripped = self._forms[roles]
         contents = [no_blank_lines(m["content"]) if strip else m["content"] for m, strip in zip(messages, stripped)]
         return form % tuple(contents)
+
+    def _text(self, messages: list[Message], tools, ask: bool = False) -> str:
+        """A conversation's text by a template without marks; ask: and what begins the answer."""
+        messages = [with_input(message) for message in messages]
+        return self._call(self._one, messages=messages, tools=tools, add_generation_prompt=ask)
+
+    def _marked(self, messages: list[Message], tools) -> str:
+        """The text with BORDER around its answers, by a template without marks."""
+        whole, marked, at = self._text(messages, tools), "", 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._text(messages[:number], tools, ask=True)
+            after = self._text(messages[: number + 1], tools)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise UserError(f"the template {self.name} does not put message {number} after the text that it asks with; "
+                                "give a --template that marks what is trained by {% generation %}")  # fmt: skip
+            answer, content = after[len(before) :], message["content"].strip()
+            stripped = answer.rstrip()
+            # white space after the mark that ends an answer is no longer the model's to say
+            end = len(before) + len(answer if content and stripped.endswith(content) else stripped)
+            marked += whole[at : len(before)] + BORDER + whole[len(before) : end] + BORDER
+            at = end
+        return marked + whole[at:]
 
     def _call(self, compiled: jinja2.Template, **variables) -> str:
         try:
@@ -188,7 +235,9 @@ class Template:
 
     def _before_answer(self, messages: list[Message], tools) -> list[str]:
         if not self.marks:
-            return [self._call(self._one, messages=messages, tools=tools, add_generation_prompt=True).replace(CHANGED, "")]
+            whole, asked = self._marked(messages, tools), self._text(messages, tools, ask=True)
+            told = len(whole.replace(BORDER, ""))
+            return [piece.replace(CHANGED, "") for piece in (whole + asked[told:]).split(BORDER)]
         answered = [*messages, {"role": "assistant", "content": "x"}]
         return self.render([(answered, tools)])[0].replace(CHANGED, "").split(BORDER)[:-2]
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
@@ -29,7 +30,9 @@ class Tokenizer:
     kind: str  # of KINDS
     encoding = "utf-8"
     vocab_size: int
+    begin: tuple[int, ...] = ()  # what a text begins with, where it is no template's
     end: tuple[int, ...] = (0,)
+    stops: frozenset[int] = frozenset()  # single tokens at which an answer ends too
 
     def identity(self) -> dict[str, str]:
         """What an adapter's record keeps of the tokenizer that read its text."""
@@ -175,20 +178,40 @@ class WorldTokenizer(Tokenizer):
 
 
 class TokenizersTokenizer(Tokenizer):
-    """A tokenizer.json, by the `tokenizers` package. No special tokens are added; token 0 ends a document, as in RWKV's data."""
+    """A tokenizer.json, by the `tokenizers` package.
+
+    source   its path, or its text
+    own      what the model's files say of their text (models/base.py, OwnText): its end of text ends a document, and what the
+             tokenizer puts before a text begins one. None: no special tokens are added, and token 0 ends a document, as with RWKV
+    """
 
     kind = "tokenizer.json"
 
-    def __init__(self, path, vocab_size: int):
+    def __init__(self, source, vocab_size: int, own: Any = None):
         from tokenizers import Tokenizer as Backend
 
-        self.path = os.fspath(path)
+        self.source, self.own = os.fspath(source), own
+        inside = self.source.lstrip().startswith("{")
+        self.path = "of the model's file" if inside else self.source
         try:
-            self._backend = Backend.from_file(self.path)
+            self._backend = Backend.from_str(self.source) if inside else Backend.from_file(self.source)
         except Exception as error:  # the package raises no narrower class
             raise UserError(f"{self.path} is no tokenizer.json: {str(error).splitlines()[0]}") from None
+        self._backend.no_truncation()
+        self._backend.no_padding()
         _check_top(max(self._backend.get_vocab(with_added_tokens=True).values(), default=0), vocab_size, self.path)
         self.vocab_size = vocab_size
+        if own is not None:
+            self._take_ends(own)
+
+    def _take_ends(self, own) -> None:
+        end = self._backend.token_to_id(own.tokens.get("eos_token", ""))
+        ends = own.ends if end is None else (end, *own.ends)
+        if not ends:
+            raise UserError(f"{self.path}: its folder names no end of text (eos_token in tokenizer_config.json)")
+        self.end, self.stops = ends[:1], frozenset(ends)
+        plain, full = (self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self.begin = next((tuple(full[:i]) for i in range(len(full)) if full[i : i + len(plain)] == plain), ())
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.path})"
@@ -204,8 +227,9 @@ class TokenizersTokenizer(Tokenizer):
 
     def decode(self, ids) -> str:
         runs, known = [], []  # ids the tokenizer knows decode together, others one by one to U+FFFD
+        first = 1 if self.own is None else 0
         for i in map(int, ids):
-            if 0 < i < self.vocab_size and self._backend.id_to_token(i) is not None:
+            if first <= i < self.vocab_size and self._backend.id_to_token(i) is not None:
                 known.append(i)
             else:
                 runs += [self._backend.decode(known, skip_special_tokens=False), UNKNOWN if i else ""]
@@ -231,17 +255,24 @@ class TokenizersTokenizer(Tokenizer):
         return step
 
     def __reduce__(self):
-        return TokenizersTokenizer, (self.path, self.vocab_size)
+        return TokenizersTokenizer, (self.source, self.vocab_size, self.own)
 
 
-def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None, encoding: str = "utf-8") -> Tokenizer:
+def open_tokenizer(
+    spec: str = "auto", vocab_size: int = 65536, vocab_file=None, encoding: str = "utf-8", own: Any = None
+) -> Tokenizer:
     """The tokenizer for a model of `vocab_size`.
 
-    spec        "byte", "world", a path to a tokenizer.json, or "auto": bytes for 256 and 257, World for 65536
+    spec        "byte", "world", a path to a tokenizer.json, or "auto": the model's own; bytes for 256 and 257; World for 65536
     vocab_file  another vocabulary in the format of World's
     encoding    of bytes: "utf-8" or "utf-16-le"
+    own         what the model's files say of their text (models/base.py, OwnText)
     """
     spec = os.fspath(spec or "auto")
+    if own is not None and spec == "auto":
+        if encoding != "utf-8":
+            raise UserError(f"--encoding {encoding} is for bytes, and the model has a tokenizer of its own; leave it out")
+        return TokenizersTokenizer(own.tokenizer, vocab_size, own)
     if spec == "auto":
         known = {256: "byte", 257: "byte", 65536: "world"}.get(vocab_size)
         if known is None:
@@ -255,7 +286,7 @@ def open_tokenizer(spec: str = "auto", vocab_size: int = 65536, vocab_file=None,
         return WorldTokenizer(vocab_file, vocab_size)
     if not os.path.isfile(spec):
         raise UserError(f"--tokenizer {spec}: no such file; give auto, byte, world or a path to a tokenizer.json")
-    return TokenizersTokenizer(spec, vocab_size)
+    return TokenizersTokenizer(spec, vocab_size, own)
 
 
 def _check_top(top: int, vocab_size: int, path: str) -> None:

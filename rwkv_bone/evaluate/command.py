@@ -19,10 +19,17 @@ from ..config import truth
 from ..data.documents import DATA_TYPES, open_documents
 from ..data.encode import RowEncoder, parse_fields
 from ..data.files import find_files
-from ..data.templates import Template
 from ..errors import Parser, UserError
 from ..generate import GREEDY
-from ..generate.command import add_model_flags, add_sampling_flags, memory_advice, open_model, sampling_of, tokenizer_of
+from ..generate.command import (
+    add_model_flags,
+    add_sampling_flags,
+    memory_advice,
+    open_model,
+    sampling_of,
+    template_of,
+    tokenizer_of,
+)
 from ..models import LanguageModel
 from ..ops.float32 import set_matmul_backend
 from . import loss, problems
@@ -109,7 +116,7 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     files = find_files(args.data)
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
-    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
+    template = template_of(args, model)
     encoder = RowEncoder(tokenizer, template, fields, loss_mask="all")
     asked = problems.read_problems(grader, files, encoder, fields["answer"], args.limit)
     shots = []
@@ -131,10 +138,11 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     }
     with open_results(args, model, settings) as results:
         with memory_advice("take a smaller --batch_size"):
-            state = problems.read_shots(model, tokenizer, shots, template.turn_end)
+            begin = () if template.whole else tokenizer.begin
+            state = problems.read_shots(model, tokenizer, shots, template.turn_end, begin)
             options = (sampling, args.max_tokens, stop, args.seed, args.batch_size)
             with closing(grader):
-                problems.solve(grader, model, tokenizer, asked, results, *options, state=state)
+                problems.solve(grader, model, tokenizer, asked, results, *options, state=state, begin=() if shots else begin)
         found = problems.summary(results, {problem.id for problem in asked})
         print(problems.describe(args.task, found, args.max_tokens))
         print(f"each answer is in {results.path}")
@@ -142,7 +150,7 @@ def evaluate_problems(args: argparse.Namespace) -> None:
 
 def evaluate_loss(args: argparse.Namespace) -> None:
     model = open_model(args)
-    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
+    template = template_of(args, model)
     try:
         tokenizer = tokenizer_of(args, model)
     except UserError:

@@ -66,10 +66,12 @@ def read_problems(grader: Grader, paths: Sequence[str], encoder: RowEncoder, sol
     return problems
 
 
-def read_shots(model: LanguageModel, tokenizer: Tokenizer, shots: Sequence[Problem], between: str) -> State | None:
-    """The state after some solved problems, `between` following each; None without any."""
+def read_shots(
+    model: LanguageModel, tokenizer: Tokenizer, shots: Sequence[Problem], between: str, begin: tuple[int, ...] = ()
+) -> State | None:
+    """The state after `begin` and some solved problems, `between` following each; None without any."""
     tokens = [t for shot in shots for text in (shot.prompt, shot.solution + between) for t in tokenizer.encode(text)]
-    return read(model, [tokens])[1] if tokens else None
+    return read(model, [[*begin, *tokens]])[1] if tokens else None
 
 
 def solve(
@@ -84,14 +86,15 @@ def solve(
     seed: int = 0,
     batch_size: int = 64,
     state: State | None = None,
+    begin: tuple[int, ...] = (),
 ) -> None:
-    """Ask for what `results` does not hold yet, and add each answer as it comes."""
+    """Ask for what `results` does not hold yet, and add each answer as it comes. begin: tokens before each question."""
     ids = {problem.id for problem in problems}
     right = sum(item["correct"] for item in results if item["id"] in ids)
     todo = [problem for problem in problems if problem.id not in results.done]
     done = len(problems) - len(todo)
     tokens, began = 0, time.monotonic()
-    prompts = [problem.prompt for problem in todo]
+    prompts = [[*begin, *tokenizer.encode(problem.prompt)] for problem in todo]
     with Progress(len(problems), done, "problems") as progress:
         for completion in completions(model, tokenizer, prompts, sampling, max_tokens, stop, seed, batch_size, state):
             problem = todo[completion.index]

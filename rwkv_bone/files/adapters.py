@@ -80,7 +80,8 @@ class Adapter:
         shapes = kind.shapes(sizes, initial_state="state" in kind.capabilities)
         self.parts = [name for name in tensors if name in shapes]
         self.initial_state = any(map(kind.is_initial_state, self.parts))
-        if self.method is None and sum(not kind.is_initial_state(name) for name in shapes) == len(self.parts):
+        whole = sum(not kind.is_initial_state(name) for name in shapes) == len(self.parts)
+        if self.method is None and whole and kind.recognises(tensors):
             raise UserError(f"{path}: is a whole model, not an adapter: use it as it is, or as the base")
         self.check_model(kind, sizes)
         self.layers: dict[str, list[str]] = {}

@@ -13,16 +13,18 @@ from torch import Tensor
 from ..errors import UserError
 from ..interop.web_rwkv import from_web
 from ..models import MODELS, USUAL, Execution, LanguageModel, recognise
-from .pth import FLOATS, open_tensors
+from .folder import Folder, as_folder, is_folder, open_folder, own_text
+from .pth import FLOATS, check_file, open_tensors
 from .safetensors import is_safetensors
 
 
 class Opened(NamedTuple):
-    """A model's file, checked and not read yet. The tensors are mapped and have the names of the file, in its order."""
+    """A model's file or folder, checked and not read yet. The tensors are mapped and have the file's names, in its order."""
 
     kind: type[LanguageModel]
     sizes: Any
     tensors: dict[str, Tensor]
+    folder: Folder | None = None  # where it is one
 
     def parameters(self) -> dict[str, Tensor]:
         """The tensors by the model's names of its parameters."""
@@ -30,8 +32,9 @@ class Opened(NamedTuple):
 
 
 def open_model(path: str | Path) -> Opened:
-    """The model in a file; UserError unless it is one of those in the registry, whole."""
-    tensors = file_tensors(path)
+    """The model in a file or a folder; UserError unless it is one of those in the registry, whole."""
+    folder = folder_of(path)
+    tensors = file_tensors(path) if folder is None else folder.tensors
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: {name} is {tensor.dtype}; wanted bfloat16, float16 or float32")
@@ -39,8 +42,10 @@ def open_model(path: str | Path) -> Opened:
             raise UserError(f"{path}: {name} is empty, {tuple(tensor.shape)}; the file is damaged")
         if tensor.is_meta:
             raise UserError(f"{path}: {name} has a shape and no values (device meta); save the model again with its weights")
-    kind = recognise(tensors, str(path))
+    kind = recognise(tensors, str(path), None if folder is None else folder.config)
     named = {kind.parameter_name(name): tensor for name, tensor in tensors.items()}
+    if folder is not None:
+        return Opened(kind, kind.sizes_of_config(folder.config, named, str(path)), tensors, folder)
     sizes = kind.sizes_of(named, str(path))
     if is_safetensors(path):  # sorted by name there; other programs want the order of a .pth
         theirs = {kind.parameter_name(name): name for name in tensors}
@@ -48,8 +53,27 @@ def open_model(path: str | Path) -> Opened:
     return Opened(kind, sizes, tensors)
 
 
+def reads_as_folder(path: str | Path) -> bool:
+    return os.path.isdir(path) or any(Path(path).suffix in kind.suffixes for kind in MODELS.values())
+
+
+def folder_of(path: str | Path) -> Folder | None:
+    """A model's folder, or a file that a model of the registry reads as one; None for a flat file of tensors."""
+    if is_folder(path):
+        return open_folder(path)
+    if os.path.isdir(path):
+        raise UserError(f"{path}: a folder without config.json; wanted a model's .pth, or a folder of Hugging Face transformers")
+    for kind in MODELS.values():
+        if Path(path).suffix in kind.suffixes:
+            check_file(path)
+            return as_folder(*kind.read_file(path))
+    return None
+
+
 def file_tensors(path: str | Path) -> dict[str, Tensor]:
-    """A file's tensors, mapped, with web-rwkv's names and layout undone."""
+    """The tensors of a file or a folder, mapped, with web-rwkv's names and layout undone."""
+    if (folder := folder_of(path)) is not None:
+        return folder.tensors
     tensors = open_tensors(path)
     return from_web(tensors, MODELS.values()) if is_safetensors(path) else tensors
 
@@ -71,7 +95,9 @@ def load_model(
     model.file_dtype = next(iter(opened.tensors.values())).dtype
     placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in opened.parameters().items()}
     model.load_state_dict(placed, strict=True, assign=True)
-    return model
+    if opened.folder is not None:
+        model.text = own_text(opened.folder)
+    return model.to(device)  # what no file holds: a model's constants
 
 
 def identity(path: str | Path, model: LanguageModel) -> dict[str, Any]:

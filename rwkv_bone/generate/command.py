@@ -69,10 +69,17 @@ def open_model(args: argparse.Namespace) -> LanguageModel:
 
 def tokenizer_of(args: argparse.Namespace, model: LanguageModel) -> Tokenizer:
     """The tokenizer that the flags of an opened model ask for; a warning if its adapter learned from another's tokens."""
-    tokenizer = open_tokenizer(args.tokenizer, model.sizes.vocab_size, args.vocab_file or None, args.encoding)
+    tokenizer = open_tokenizer(args.tokenizer, model.sizes.vocab_size, args.vocab_file or None, args.encoding, model.text)
     if cure := other_tokenizer(args.trained_with, tokenizer):
         print(f"warning: {args.peft_checkpoint} was not trained with {tokenizer}; give {cure}", file=sys.stderr, flush=True)
     return tokenizer
+
+
+def template_of(args: argparse.Namespace, model: LanguageModel) -> Template:
+    """The template that the flags ask for, else that of the adapter's training, else the one that came with the model."""
+    if args.template:
+        return Template.open(args.template)
+    return Template.of(args.trained_template) if args.trained_template else Template.of_model(model.text, "world")
 
 
 def other_tokenizer(trained_with: Any, tokenizer: Tokenizer) -> str:
@@ -188,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--samples {args.samples} and --max_tokens {args.max_tokens} must be at least 1")
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
-    template = Template.open(args.template) if args.template else Template.of(args.trained_template)
+    template = template_of(args, model)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     with memory_advice("take a smaller --batch_size, or --device cpu"):
@@ -199,7 +206,11 @@ def main(argv: list[str] | None = None) -> None:
         stop = tuple(args.stop)
         if args.instruct:
             stop += template.stops
-        texts = [template.prompt(as_messages(prompt, args.system, args.input)) if args.instruct else prompt for prompt in asked]
+        texts: list[Any] = [*asked]
+        if args.instruct:
+            texts = [template.prompt(as_messages(prompt, args.system, args.input)) for prompt in asked]
+            if template.whole:  # it has written the beginning of the document
+                texts = [tokenizer.encode(text) for text in texts]
         each = completions(
             model, tokenizer, texts, sampling, args.max_tokens, stop, args.seed, args.batch_size,
             on_text=show if len(asked) == 1 and not args.out else None,

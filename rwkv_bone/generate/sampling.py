@@ -161,6 +161,8 @@ class Row:
         """Take one more token; the completion if it was the last."""
         self.tokens.append(token)
         end = self.tokenizer.end
+        if token in self.tokenizer.stops:
+            return self._finish(self.tokenizer.decode(self.tokens[:-1]), "end", self.tokens[:-1])
         # an end of several tokens is a whole character: it stands on such a border
         if len(self.tokens) % len(end) == 0 and tuple(self.tokens[-len(end) :]) == end:
             return self._finish(self.tokenizer.decode(self.tokens[: -len(end)]), "end", self.tokens[: -len(end)])
@@ -199,7 +201,7 @@ def completions(
 ) -> Iterator[Completion]:
     """Continue every prompt; yields each completion as it is done.
 
-    prompts     texts or lists of tokens; an empty one is taken as the end of a document
+    prompts     texts, which begin a document, or lists of tokens; an empty one is taken as the end of a document
     stop        strings that end a completion, beside the tokenizer's end of document
     seed        a prompt's random numbers come of seed and prompt, and of how often it came before: the same in any batch
     batch_size  rows at once;   state: where each prompt begins (batch 1), e.g. after text that they share
@@ -212,7 +214,8 @@ def completions(
     rows: list[Row] = []
     repeats: Counter[tuple[int, ...]] = Counter()
     for index, prompt in enumerate(prompts):
-        read_first = tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or tokenizer.end
+        tokens = [*tokenizer.begin, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        read_first = tuple(tokens) or tokenizer.end
         source = f"{seed} {repeats[read_first]} {read_first}"
         rows.append(Row(index, list(read_first), tokenizer, stop, max_tokens, source, on_text))
         repeats[read_first] += 1

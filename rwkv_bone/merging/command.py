@@ -9,6 +9,7 @@ import torch
 
 from ..errors import Parser, UserError
 from ..files.adapters import Adapter
+from ..files.models import reads_as_folder
 from ..files.safetensors import is_safetensors
 from ..interop import web_rwkv
 from ..interop.rwkv_peft import Foreign
@@ -24,11 +25,12 @@ SUFFIXES = {".st": "safetensors", ".safetensors": "safetensors", ".gguf": "gguf"
 def make_parser() -> Parser:
     parser = Parser(
         prog="merge.py",
-        description="Merge adapters into a base model: a standard model file with the base's names, order, shapes and dtypes.",
+        description="Merge adapters into a base model: a standard model with the base's files, names, order, shapes and dtypes.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--base_model", required=True, metavar="FILE", help="a model's .pth, or web-rwkv's safetensors")
+    add("--base_model", required=True, metavar="FILE",
+        help="a model's .pth, web-rwkv's safetensors, a folder of Hugging Face, or a .gguf")  # fmt: skip
     add("--peft_checkpoint", "--lora_checkpoint", "--state_checkpoint", nargs="+", default=[], metavar="FILE",
         help="adapters in the order of their training, ours or RWKV-PEFT's; none: only change dtype or format")  # fmt: skip
     add("--output", required=True, metavar="FILE", help="what to write; it appears when it is whole")
@@ -57,8 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     args.lora_init = "" if args.lora_init == "none" else args.lora_init  # RWKV-PEFT's default
     output = Path(args.output)
     inputs = [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])]
-    check_output(output, inputs, args.overwrite, folder=args.as_ == "peft")
+    folder = reads_as_folder(args.base_model)
+    check_output(output, inputs, args.overwrite, folder=folder if not args.as_ else args.as_ == "peft")
+    if folder and args.format:
+        raise UserError(f"--format {args.format}: {args.base_model} becomes a folder like its own; leave it out")
     format = args.format or SUFFIXES.get(output.suffix, "pth")
+    format = "folder" if folder and not args.as_ else format
     dtype = DTYPES.get(args.dtype, web_rwkv.DTYPE if format == "safetensors" else None)
     options = Options(Foreign(args.lora_alpha, args.lora_init, args.type or ""), dtype, args.device, args.force, args.quant)
     check_device(args.device)
@@ -136,6 +142,7 @@ def check_combination(args: argparse.Namespace, format: str) -> None:
         if args.rank:
             raise UserError("--rank is for --as lora")
         from_format = "safetensors" if os.path.isfile(args.base_model) and is_safetensors(args.base_model) else "pth"
+        from_format = "folder" if os.path.isdir(args.base_model) else from_format
         if not args.peft_checkpoint and not args.dtype and format == from_format:
             raise UserError("nothing to do: give --peft_checkpoint, or another --dtype or --format than the base's")
         return

@@ -92,7 +92,7 @@ class Merge:
 
     def __init__(self, base: Path, adapters: list[Path], options: Options = Options()):
         self.base_path, self.options = base, options
-        self.kind, self.sizes, tensors = open_model(base)
+        self.kind, self.sizes, tensors, self.folder = open_model(base)
         with torch.device("meta"):
             self.model = self.kind(self.sizes)  # holds no values: for what a model says of itself
         self.model.fingerprint = fingerprint(tensors)

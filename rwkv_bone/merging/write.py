@@ -10,6 +10,7 @@ from ..data.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..files.adapters import save_adapter
 from ..files.atomic import atomic
+from ..files.folder import write_folder
 from ..files.models import identity
 from ..files.pth import Layout, write_pth
 from ..files.safetensors import write_safetensors
@@ -55,7 +56,7 @@ def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: 
 
 
 def write_model(job: Merge, path: Path, format: str, plan: gguf.Plan | None = None) -> None:
-    """`plan`: of the format gguf."""
+    """format: one of `FORMATS`, or "folder" where the base is one; `plan`: of the format gguf."""
 
     def shown() -> Iterator[tuple[str, Tensor]]:
         done = 0
@@ -65,10 +66,14 @@ def write_model(job: Merge, path: Path, format: str, plan: gguf.Plan | None = No
                 done += tensor.nbytes
                 progress.update(done)
 
-    if plan is None:
+    if plan is not None:
+        names = [job.parameter[name] for name in job.layout]
+        gguf.write_gguf(path, plan, names, ((job.parameter[n], t) for n, t in shown()))
+    elif format == "folder":
+        assert job.folder is not None
+        write_folder(path, job.folder, job.layout, shown())
+    else:
         write_tensors(job, path, format, job.layout, shown())
-        return
-    gguf.write_gguf(path, plan, [job.parameter[name] for name in job.layout], ((job.parameter[n], t) for n, t in shown()))
 
 
 def write_lora(job: Merge, output: Path, rank: int) -> str:

@@ -7,6 +7,7 @@ A model is one file of this folder: a subclass of `LanguageModel`, a frozen data
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,9 +27,19 @@ def select(state: State, rows) -> State:
 
 
 def join(states: list[State] | tuple[State, ...]) -> State:
-    """The rows of several states as one batch."""
+    """The rows of several states as one batch.
+
+    Where tensors differ in their second dimension, the places of what was read, the shorter ones get zeros in front.
+    """
+
+    def joined(*rows: Tensor) -> Tensor:
+        if rows[0].dim() > 1 and len({t.shape[1] for t in rows}) > 1:
+            longest = max(t.shape[1] for t in rows)
+            rows = tuple(torch.cat([t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:]), t], 1) for t in rows)
+        return torch.cat(rows)
+
     first, *others = states
-    return tree_map(lambda *rows: torch.cat(rows), first, *others)
+    return tree_map(joined, first, *others)
 
 
 def detach(state: State, requires_grad: bool = False) -> State:
@@ -78,6 +89,15 @@ class GGUFTensor(NamedTuple):
     make: Callable[..., Tensor]  # of their tensors
 
 
+class OwnText(NamedTuple):
+    """What the files of a model say of its text."""
+
+    tokenizer: str  # a tokenizer.json: its path, or its text
+    template: str  # its chat template in jinja2, "" where there is none
+    tokens: Mapping[str, str]  # bos_token, eos_token, ...
+    ends: tuple[int, ...]  # tokens at which an answer ends
+
+
 # ---------------------------------------------------------------- models
 
 # The best constant rates of tiny-rwkv6-1m, whose width is 64 (docs/comparison.md), by PEFT method; "none": full training.
@@ -108,12 +128,14 @@ class LanguageModel(nn.Module):
     template: ClassVar[str] = "world"  # default template of prompts and answers
     web_names: ClassVar[WebNames | None] = None  # None: web-rwkv has no such model
     gguf_architecture: ClassVar[str] = ""  # llama.cpp's name of the model; "": it has no such model
+    suffixes: ClassVar[tuple[str, ...]] = ()  # ends of the names of files for `read_file`
 
     sizes: Any  # a subclass of Sizes
     head: nn.Linear
     file: str = ""  # that it was read from; "": a new model
     fingerprint: str = "new"  # what tells the loaded weights from others; see files/models.py
     file_dtype: torch.dtype = torch.bfloat16  # of the file that the model came from, or will become
+    text: OwnText | None = None  # the tokenizer and the template that came with the weights
 
     def __init__(self, sizes: Any, execution: Execution = USUAL):
         super().__init__()
@@ -243,6 +265,21 @@ class LanguageModel(nn.Module):
     @classmethod
     def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a file's tensors are this model's, by their names."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognises_config(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a folder with that config.json holds this model."""
+        return False
+
+    @classmethod
+    def sizes_of_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Any:
+        """As `sizes_of`, of a folder with that config.json."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_file(cls, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+        """Of a file with one of `suffixes`, what it would be as a folder: config.json, tensors, texts of other files by name."""
         raise NotImplementedError
 
     @classmethod

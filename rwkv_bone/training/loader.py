@@ -113,11 +113,11 @@ class TrainingData:
         kind = data_of(config.data_file, config.data_type)[1]
         if kind != "jsonl" and (config.fields or config.template or config.format != "auto"):
             raise UserError(f"--fields, --template and --format are for rows, and {config.data_file} is {kind}")
-        template = Template.open(config.template or model.template)
+        template = Template.open(config.template) if config.template else Template.of_model(model.text, model.template)
         tokenizer: Tokenizer | None = None
         needed = kind in ("jsonl", "utf-8") or config.loss_mask == "marked"
         try:
-            tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding)
+            tokenizer = open_tokenizer(config.tokenizer, vocab_size, config.vocab_file or None, config.encoding, model.text)
         except UserError:
             if needed or config.tokenizer != "auto":
                 raise

@@ -71,6 +71,7 @@ def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers
     mode = getattr(model.head.weight, "fake_mode", None) or FakeTensorMode()
     op = "torch" if model.execution.op == "torch" else "auto"
     short = model.shortened(layers).with_execution(op=op, grad_cp=config.grad_cp)
+    l2wrap = config.wants_l2wrap(model)
     chunks = math.ceil(T / config.chunk_ctx) if config.train_type == "infctx" else 1
     run_chunks = min(chunks, CHUNKS)  # a chunk more keeps its border's state more, and no more than that
     with mode:
@@ -87,7 +88,7 @@ def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers
             hidden, state = short.hidden(piece["idx"], state)
             border = bytes_of(tensors_of(state))
             # every token counts as trained
-            loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), config.l2wrap)
+            loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), l2wrap)
             return loss, state
 
         with alive:

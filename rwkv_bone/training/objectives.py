@@ -50,7 +50,7 @@ class TextObjective(Objective):
 
     def loss(self, model: LanguageModel, micro: Micro, state: State = None) -> tuple[Tensor, State]:
         hidden, state = model.hidden(micro["idx"], state, micro.get("reset"))
-        return cross_entropy_sum(hidden, model.head.weight, micro["targets"], self.config.l2wrap), state
+        return cross_entropy_sum(hidden, model.head.weight, micro["targets"], self.config.wants_l2wrap(model)), state
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"text": TextObjective}

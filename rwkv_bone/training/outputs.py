@@ -168,8 +168,11 @@ def adapter_info(model: LanguageModel, data: Any, config: TrainConfig, step: int
 def save_result(
     path: Path, trained: dict[str, Tensor], model: LanguageModel, data: Any, config: TrainConfig, step: int
 ) -> None:
-    """The adapter (or the initial states) with its sidecar, or with --peft none the whole model."""
-    if config.peft == "none" and config.train_type != "state":
+    """The adapter (or the initial states) with its sidecar, or with --peft none the whole model.
+
+    A model that its tensors alone do not tell is saved as an adapter that changes all of the base.
+    """
+    if config.peft == "none" and config.train_type != "state" and type(model).recognises(trained):
         save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in trained.items()})
     else:
         save_adapter(path, trained, adapter_info(model, data, config, step))

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..errors import UserError
+from ..files.models import reads_as_folder
 from ..models import LanguageModel
 from ..peft import METHODS, adapters
 from ..peft.adapter import QuantisedWeight
@@ -121,12 +122,12 @@ def next_steps(folder: RunFolder, config: TrainConfig, step: int) -> str:
         return line
     read_by = {"tokenizer": config.tokenizer, "vocab_file": config.vocab_file, "template": config.template}
     read_by |= {"encoding": config.encoding if config.encoding != "utf-8" else ""}
-    if config.peft == "none" and config.train_type != "state":
+    of_folder = reads_as_folder(config.load_model)
+    if config.peft == "none" and config.train_type != "state" and not of_folder:
         command = next_command("generate", model=take, prompt="...", **read_by)
     else:
-        command = next_command(
-            "merge", base_model=config.load_model, peft_checkpoint=take, output="tuned.pth", quant=config.quant
-        )
+        output = "tuned" if of_folder else "tuned.pth"
+        command = next_command("merge", base_model=config.load_model, peft_checkpoint=take, output=output, quant=config.quant)
     return f"{line}\nnext       {command}"
 
 
