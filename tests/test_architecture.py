@@ -89,7 +89,10 @@ def names_used(module: str) -> set[str]:
 def parameter_words() -> set[str]:
     """Components of the names of every version's parameters, but for generic words."""
     words: set[str] = set()
-    for kind in MODELS.values():
+    for version, kind in MODELS.items():
+        if version == "hf":  # whose names are those of transformers, which is slow to import
+            words.update(("embed_tokens", "lm_head", "self_attn", "input_layernorm", "q_proj", "o_proj", "down_proj"))
+            continue
         shapes = kind.shapes(kind.new_sizes(**SIZES), initial_state="state" in kind.capabilities)
         words.update(word for name in shapes for word in name.split(".") if not word.isdigit())
     return words - GENERIC - {"blocks"}

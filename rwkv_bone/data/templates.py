@@ -199,16 +199,19 @@ class Template:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._text(messages[:number], tools, ask=True)
+            before, content = self._text(messages[:number], tools, ask=True), message["content"].strip()
             after = self._text(messages[: number + 1], tools)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise UserError(f"the template {self.name} does not put message {number} after the text that it asks with; "
-                                "give a --template that marks what is trained by {% generation %}")  # fmt: skip
-            answer, content = after[len(before) :], message["content"].strip()
-            stripped = answer.rstrip()
-            # white space after the mark that ends an answer is no longer the model's to say
-            end = len(before) + len(answer if content and stripped.endswith(content) else stripped)
-            marked += whole[at : len(before)] + BORDER + whole[len(before) : end] + BORDER
+            asked, (_, said, closing) = len(before), after.rpartition(content)
+            if whole.startswith(after) and after.startswith(before) and after[asked:].strip():
+                answer = after[asked:]
+                # white space after the mark that ends an answer is no longer the model's to say
+                end = asked + len(answer if said and not closing.strip() else answer.rstrip())
+            elif content and whole.startswith(before + content):  # the template leaves something out of earlier answers: thoughts
+                end = asked + len(content)
+                end += len(closing.rstrip()) if whole.startswith(closing.rstrip(), end) else 0
+            else:
+                continue
+            marked += whole[at:asked] + BORDER + whole[asked:end] + BORDER
             at = end
         return marked + whole[at:]
 

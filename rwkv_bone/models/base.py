@@ -48,7 +48,7 @@ def detach(state: State, requires_grad: bool = False) -> State:
 
 
 def tensors_of(state: State) -> list[Tensor]:
-    return tree_leaves(state)
+    return [] if state is None else tree_leaves(state)
 
 
 # ---------------------------------------------------------------- sizes

@@ -7,9 +7,11 @@ the names of the folder's files. What transformers must look like inside: a deco
 transformers is the extra `hf`. It is imported here alone, and only where a model is made.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
+import io
 import json
 import os
 import re
@@ -87,7 +89,7 @@ def read_config(config: Mapping[str, Any], source: str) -> Any:
     for name, harmless in HEAD_ONLY.items():
         if getattr(made, name, harmless) not in (harmless, None):
             setting = f"{name} {getattr(made, name)}"
-            raise UserError(f"{source}: {setting} in config.json: logits that are more than the head's product are not trained here")
+            raise UserError(f"{source}: {setting} in config.json: logits beyond the head's product are not trained here")
     return made
 
 
@@ -265,17 +267,16 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, 
     transformers()
     try:
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-        from transformers.utils import logging
     except ImportError:
         raise UserError("a .gguf needs the package gguf; pip install 'rwkv-bone[hf]'") from None
-    logging.disable_progress_bar()
     try:
         config = load_gguf_checkpoint(str(path))["config"]
         made = read_config(config, str(path))
         whole = transformers().AutoModelForCausalLM
         with torch.device("meta"):
             model = whole.from_config(made)
-        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
         tokenizer = transformers().AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except UserError:
         raise
