@@ -201,7 +201,7 @@ class Template:
                 continue
             before, content = self._text(messages[:number], tools, ask=True), message["content"].strip()
             after = self._text(messages[: number + 1], tools)
-            asked, (_, said, closing) = len(before), after.rpartition(content)
+            asked, (_, said, closing) = len(before), after.rpartition(content) if content else ("", "", "")
             if whole.startswith(after) and after.startswith(before) and after[asked:].strip():
                 answer = after[asked:]
                 # white space after the mark that ends an answer is no longer the model's to say

@@ -85,7 +85,8 @@ def read_config(config: Mapping[str, Any], source: str) -> Any:
     try:
         made = known[kind].from_dict(dict(config))
     except Exception as error:  # its checks raise what they like
-        raise UserError(f"{source}: config.json is not understood by transformers: {str(error).splitlines()[0]}") from None
+        what = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: transformers cannot read its config.json: {what}") from None
     for name, harmless in HEAD_ONLY.items():
         if getattr(made, name, harmless) not in (harmless, None):
             setting = f"{name} {getattr(made, name)}"
