@@ -111,8 +111,8 @@ class RowEncoder:
                     text = text.replace(CHANGED, "")
                     tally.note(tally.changed, "blank lines or \\r left out of a turn", batch.where(number))
                 if BORDER not in text and self.loss_mask == "answer" and not self.template.marks:
-                    raise UserError(f"the template {self.template.name} does not mark what is trained; put {{% generation %}} ... "
-                                    "{% endgeneration %} around the assistant's part, or give --loss_mask all")  # fmt: skip
+                    cure = "put {% generation %} ... {% endgeneration %} around the assistant's part, or give --loss_mask all"
+                    raise UserError(f"the template {self.template.name} does not mark what is trained; {cure}")
                 pieces = text.split(BORDER)  # alternately not trained and trained
                 if not pieces[-1]:
                     del pieces[-1]

@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     inputs = [args.base_model, *args.peft_checkpoint, *filter(None, [args.lora_init])]
     folder = reads_as_folder(args.base_model)
     check_output(output, inputs, args.overwrite, folder=folder if not args.as_ else args.as_ == "peft")
-    if folder and args.format:
-        raise UserError(f"--format {args.format}: {args.base_model} becomes a folder like its own; leave it out")
+    if folder and not args.as_ and (args.format or output.suffix in SUFFIXES):
+        raise UserError(f"{args.base_model} is merged into a folder like it: leave --format out, and let --output name a folder")
     format = args.format or SUFFIXES.get(output.suffix, "pth")
     format = "folder" if folder and not args.as_ else format
     dtype = DTYPES.get(args.dtype, web_rwkv.DTYPE if format == "safetensors" else None)
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         print(job.report())
     dtypes = plan.types if plan else {str(dtype).removeprefix("torch.") for dtype, _ in job.layout.values()}
     count, took = len(plan.tensors if plan else job.layout), time.monotonic() - began
-    size = output.stat().st_size / 2**20
+    size = sum(path.stat().st_size for path in (output.iterdir() if folder else [output])) / 2**20
     print(f"written    {output}: {format}, {count} tensors, {', '.join(sorted(dtypes))}, {size:,.1f} MiB, in {took:.1f} s")
     if job.initial_state:
         print(STATE_INSIDE)
