@@ -1,4 +1,5 @@
-// What the CUDA kernels share: number formats, tensor core and copy instructions, the launch. Needs sm_80 or newer.
+// What the CUDA kernels share: number formats, tensor core and copy instructions, the launch. Needs sm_80 or newer, the number
+// formats and the launch sm_75.
 // Two bodies, one meaning: PTX under nvcc; elsewhere tests/cuda_shim.h, which runs the kernels on a CPU.
 #pragma once
 #include <cstddef>
@@ -24,10 +25,15 @@ constexpr int invalid_value = 1;  // cudaErrorInvalidValue
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 // Two floats to bf16, nearest even; `low` goes to the lower half (the lower address, the lower index of a fragment).
+DEVICE uint32_t round_to_bf16(float x);
 DEVICE uint32_t pack_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return round_to_bf16(low) | round_to_bf16(high) << 16;
+#else
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+#endif
 }
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -155,11 +161,7 @@ DEVICE uint32_t float_to_bits(float x) {
   return bits;
 }
 DEVICE int lane_index() { return shim::current->lane; }
-DEVICE uint32_t round_to_bf16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if (x != x) return 0x7fff;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+DEVICE uint32_t round_to_bf16(float x);
 DEVICE uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
 DEVICE float ex2(float x) {
   const float y = exp2f(x);
@@ -207,6 +209,10 @@ static int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 
 #endif
 
+DEVICE uint32_t round_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 DEVICE float low_bf16(uint32_t pair) { return bits_to_float(pair << 16); }
 DEVICE float high_bf16(uint32_t pair) { return bits_to_float(pair & 0xffff0000u); }
 
