@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import importlib.util
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from rwkv_bone.models import MODELS, LanguageModel
 from rwkv_bone.ops import build, cpu
 from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_bone.ops.wkv6 import describe, wkv6, wkv6_chunked, wkv6_reference
+from rwkv_bone.ops.wkv6.fla import wkv6_fla
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_SHAPES = [(1, 2048, 8, 64)]
@@ -85,16 +87,11 @@ def contestants(device: str) -> dict[str, Callable]:
             "chunked torch 64, by halving (--op torch)": wkv6_chunked,
         }
         return peers
-    try:
-        from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
-    except ImportError as error:
-        print(f"without flash-linear-attention: {error} (pip install fla-core)", file=sys.stderr)
+    peers["chunked torch 64, by halving (--op torch)"] = wkv6_chunked
+    if importlib.util.find_spec("fla") is None:
+        print("without flash-linear-attention (pip install fla-core)", file=sys.stderr)
         return peers
-    options = {"scale": 1.0, "output_final_state": True}
-    peers["fla chunk_rwkv6"] = lambda *x: chunk_rwkv6(*x[:5], initial_state=x[5], **options)
-    # its gradients leave out the final state's
-    peers["fla fused_recurrent_rwkv6"] = lambda *x: fused_recurrent_rwkv6(*x[:5], initial_state=x[5], **options)
-    return peers
+    return peers | {"fla chunk_rwkv6": wkv6_fla}
 
 
 # ---- measuring
@@ -136,6 +133,26 @@ def timed(call: Callable, device: str) -> tuple:
     end.record()
     end.synchronize()
     return result, start.elapsed_time(end) / 1e3
+
+
+def least_times(peers: dict[str, Callable], inputs, gy, gfinal, device: str, repeats: int) -> dict[str, list[float]]:
+    """Least seconds of each one's forward and backward, without those that cannot run here."""
+    least = {name: [float("inf")] * 2 for name in peers}
+    for repeat in range(repeats + 1):  # the first one builds, compiles and warms up
+        for name in [*least]:
+            if name != OURS and device == "cpu" and repeat > 1 + repeats // 5:  # the slow ones vary less
+                continue
+            try:
+                took = times(peers[name], inputs, gy, gfinal, device)
+            except Exception as error:  # a peer's lack of memory, or of what its compiler needs: we go on without it
+                if name == OURS:
+                    raise
+                print(f"without {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+                del least[name]
+                continue
+            if repeat:
+                least[name] = [min(a, b) for a, b in zip(least[name], took)]
+    return least
 
 
 def kept_for_backward(function: Callable, inputs) -> int:
@@ -225,31 +242,17 @@ def measure_bandwidth() -> float:
 
 def compare(shape, dtype: torch.dtype, device: str, repeats: int) -> list[str]:
     B, T, H, N = shape
-    peers = contestants(device)
     inputs, gy, gfinal = make_inputs(shape, dtype, device)
-    least = {name: [float("inf")] * 2 for name in peers}
-    for repeat in range(repeats + 1):  # the first one builds, compiles and warms up
-        for name, function in [*peers.items()]:
-            few = name != OURS and device == "cpu" and repeat > 1 + repeats // 5  # the slow ones vary less
-            if few:
-                continue
-            try:
-                took = times(function, inputs, gy, gfinal, device)
-            except Exception as error:  # a peer's lack of memory, or of what its compiler needs: we go on without it
-                if name == OURS:
-                    raise
-                print(f"without {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-                del peers[name]
-                continue
-            if repeat:
-                least[name] = [min(a, b) for a, b in zip(least[name], took)]
+    least = least_times(contestants(device), inputs, gy, gfinal, device, repeats)
     ours = sum(least[OURS])
     what = describe(device, dtype, N)
     lines = [f"### B{B} T{T} H{H} N{N} (C {H * N}), {str(dtype)[6:]}; ours: {what}", ""]
     titles = ["", "forward ms", "backward ms", "both ms", "times ours", "kept MiB", *(
         f"errors, {regime} (most / log_w's)" for regime in ("normal", "strong", "extreme"))]  # fmt: skip
     rows = []
-    for name, function in peers.items():
+    for name, function in contestants(device).items():
+        if name not in least:
+            continue
         ms = [1e3 * x for x in (*least[name], sum(least[name]))]
         kept = kept_for_backward(function, inputs) / 2**20
         rows.append([name, *(f"{x:.2f}" for x in ms), f"{sum(least[name]) / ours:.1f}", f"{kept:.0f}",
