@@ -10,10 +10,9 @@ from rwkv_bone.ops.wkv6 import wkv6_reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 N = 64
-LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 200, 512)
 GATE = 5e-3  # rounding the result to bf16 alone gives 1.7e-3, rounding the factors of every product up to 3.7e-3
 MIN_LOG_W = -16.625
-W_DTYPES = {"bf16": BF16, "fp32": FP32}
+LENGTHS = [(1, BF16), (2, FP32), (15, BF16), (16, FP32), (17, BF16), (63, FP32), (64, BF16), (65, FP32), (200, BF16)]
 
 
 class Chunk:
@@ -107,9 +106,8 @@ def assert_equals_reference(got, inputs, gy, g_final):
     assert not too_large
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("T, w_dtype", LENGTHS)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("w_dtype", W_DTYPES.values(), ids=W_DTYPES)
 def test_output_state_and_gradients_equal_the_reference(kernel, w_dtype, decay, T):
     inputs, gy, g_final = make_inputs(1, T, 1, decay, w_dtype)
     assert_equals_reference(kernel.both(inputs, gy, g_final), inputs, gy, g_final)
@@ -117,27 +115,23 @@ def test_output_state_and_gradients_equal_the_reference(kernel, w_dtype, decay, 
 
 @pytest.mark.parametrize("states", [True, False], ids=["states", "no_states"])
 @pytest.mark.parametrize("segments", [1, 2, 3])
-@pytest.mark.parametrize("B, H", [(1, 3), (2, 2)])
-@pytest.mark.parametrize("decay", ["none", "strong"])
-def test_batches_heads_and_segments(kernel, decay, B, H, segments, states):
-    inputs, gy, g_final = make_inputs(B, 65, H, decay, states=states)
+def test_batches_heads_and_segments(kernel, segments, states):
+    inputs, gy, g_final = make_inputs(2, 65, 3, "strong" if states else "none", states=states)
     assert_equals_reference(kernel.both(inputs, gy, g_final, segments), inputs, gy, g_final)
 
 
-@pytest.mark.parametrize("w_dtype", W_DTYPES.values(), ids=W_DTYPES)
-@pytest.mark.parametrize("T, segments", [(33, 3), (200, 2), (200, 13), (512, 3)])
+@pytest.mark.parametrize("T, segments, w_dtype", [(33, 3, BF16), (200, 2, FP32), (200, 13, BF16), (512, 3, FP32)])
 def test_segments_of_any_length(kernel, T, segments, w_dtype):
     inputs, gy, g_final = make_inputs(1, T, 2, "normal", w_dtype)
     assert_equals_reference(kernel.both(inputs, gy, g_final, segments), inputs, gy, g_final)
 
 
-@pytest.mark.parametrize("w_dtype", W_DTYPES.values(), ids=W_DTYPES)
-@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("segments, w_dtype", [(1, FP32), (3, BF16)])
 def test_no_order_of_threads_changes_a_bit(kernel, segments, w_dtype):
     inputs, gy, g_final = make_inputs(2, 90, 2, "strong", w_dtype)
     want = kernel.both(inputs, gy, g_final, segments)
     try:
-        for seed in range(1, 7):
+        for seed in range(1, 5):
             kernel.seed(seed)
             got = kernel.both(inputs, gy, g_final, segments)
             assert all(torch.equal(got[name], want[name]) for name in want)
@@ -162,20 +156,19 @@ def test_absent_states_are_zeros(kernel):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("scale", [1e3, 1e4])
 @pytest.mark.parametrize("decay", DECAYS)
-def test_large_r_and_k_stay_exact(kernel, decay, scale):
+def test_large_r_and_k_stay_exact(kernel, decay, scale=1e4):
     inputs, gy, g_final = make_inputs(1, 70, 1, decay)
     inputs = ((inputs[0] * scale).to(BF16), (inputs[1] * scale).to(BF16), *inputs[2:])
     assert_equals_reference(kernel.both(inputs, gy, g_final), inputs, gy, g_final)
 
 
-@pytest.mark.parametrize("w_dtype", W_DTYPES.values(), ids=W_DTYPES)
+@pytest.mark.parametrize("w_dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_log_w_beyond_the_bound_is_the_bound_and_has_no_gradient(kernel, w_dtype):
     inputs, gy, g_final = make_inputs(1, 70, 2, "normal", w_dtype)
     beyond = torch.rand(inputs[3].shape) < 0.3
     beyond[:, 32:48] = True  # a chunk that forgets everything
-    for value in (-17.0, -100.0, -1e30, -torch.inf):
+    for value in (-17.0, -torch.inf):
         clamped = (*inputs[:3], inputs[3].masked_fill(beyond, value), *inputs[4:])
         got = kernel.both(clamped, gy, g_final)
         want = kernel.both((*inputs[:3], clamped[3].clamp(min=MIN_LOG_W), *inputs[4:]), gy, g_final)

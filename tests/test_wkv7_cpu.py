@@ -89,9 +89,10 @@ class Guarded:
 
 
 @pytest.mark.parametrize(("variant", "dtype"), FORMS)
-@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 130])
-@pytest.mark.parametrize("with_state", [False, True], ids=["zeros", "state"])
-@pytest.mark.parametrize("with_resets", [False, True], ids=["whole", "resets"])
+@pytest.mark.parametrize(
+    ("T", "with_state", "with_resets"),  # chunks of 16, whole and cut; each option with a short and a long sequence
+    [(1, True, False), (15, False, True), (16, True, True), (17, False, False), (63, True, False), (130, True, True)],
+)
 @pytest.mark.parametrize("N", [8, 64, 128])
 def test_equals_the_recurrence_and_writes_its_results_only(variant, dtype, T, with_state, with_resets, N, monkeypatch):
     case = ((2 if N == 8 else 1), T, (3 if N == 8 else 1), N, dtype, with_state, with_resets)
@@ -142,8 +143,7 @@ def test_threads_change_no_bit_but_of_sums_over_shared_values(variant, with_rese
 
 
 @pytest.mark.parametrize(("variant", "dtype"), FORMS)
-@pytest.mark.parametrize("T", [1, 3, 8])
-@pytest.mark.parametrize("N", [8, 24, 64])
+@pytest.mark.parametrize(("T", "N"), [(1, 8), (1, 64), (8, 24), (8, 64)])
 def test_without_backward_nothing_is_kept_and_the_results_are_the_same(variant, dtype, T, N):
     for with_state, with_resets in ((True, False), (True, True), (False, False)):
         case = (2, T, 3, N, dtype, with_state, with_resets)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan
 
-from rwkv_bone.errors import UserError
-from rwkv_bone.ops.cuda import build_library, declare, nvcc
+from rwkv_bone.ops.cuda import declare
 from rwkv_bone.ops.wkv7 import cuda, wkv7_reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -97,9 +96,10 @@ def assert_equals_reference(both, kernel, inputs, gy, g_final, regime="random"):
 REGIMES = ("random", "strong", "weak", "repeat")
 
 
-@pytest.mark.parametrize("T", [1, 15, 17, 63])
+@pytest.mark.parametrize(
+    "T, dtype, w_dtype", [(1, BF16, FP32), (15, FP32, FP32), (17, BF16, BF16), (63, FP32, FP32), (63, BF16, FP32)]
+)
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("dtype, w_dtype", [(FP32, FP32), (BF16, BF16), (BF16, FP32)], ids=["fp32", "bf16", "bf16_w32"])
 def test_sequential_equals_the_definition(both, dtype, w_dtype, regime, T):
     assert_equals_reference(both, "sequential", *make_inputs(2, T, 2, 8, regime, dtype, w_dtype), regime)
 
@@ -109,9 +109,8 @@ def test_sequential_takes_any_head_size(both, N):
     assert_equals_reference(both, "sequential", *make_inputs(1, 33, 2, N, resets=0.1))
 
 
-@pytest.mark.parametrize("T", [1, 15, 17, 63, 130])
+@pytest.mark.parametrize("T, w_dtype", [(1, BF16), (15, FP32), (17, BF16), (63, FP32), (130, BF16)])
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("w_dtype", [BF16, FP32], ids=["bf16", "bf16_w32"])
 def test_chunk_equals_the_definition(both, w_dtype, regime, T):
     assert_equals_reference(both, "chunk", *make_inputs(1, T, 2, 64, regime, BF16, w_dtype), regime)
 
@@ -126,8 +125,7 @@ def test_chunk_takes_large_and_small_inputs(both, scale):
 KERNELS = [("sequential", FP32, 16), ("chunk", BF16, 64)]
 
 
-@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
-@pytest.mark.parametrize("resets", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("resets, state", [(0.05, True), (0.5, False), (1.0, True)])
 @pytest.mark.parametrize("kernel, dtype, N", KERNELS)
 def test_no_token_sees_beyond_a_reset(both, kernel, dtype, N, resets, state):
     inputs, gy, g_final = make_inputs(2, 70, 2, N, dtype=dtype, resets=resets, state=state)
@@ -146,7 +144,7 @@ def test_no_token_sees_beyond_a_reset(both, kernel, dtype, N, resets, state):
 def test_no_order_of_threads_changes_a_bit(both, kernel, dtype, N):
     inputs, gy, g_final = make_inputs(2, 90, 2, N, dtype=dtype, resets=0.05)
     want = both(kernel, inputs, gy, g_final)
-    for seed in range(1, 5):
+    for seed in range(1, 4):
         got = both(kernel, inputs, gy, g_final, seed)
         assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -203,19 +201,6 @@ def test_sequential_refuses_what_it_cannot_do_with_an_error_code(libraries, code
     lib = libraries["sequential"]
     assert lib.wkv7_sequential_forward(*codes, *shape, *[None] * 11) == 1
     assert lib.wkv7_sequential_backward(*codes, *shape, *[None] * 19) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["sequential", "chunk"])
-def test_nvcc_builds_a_library_that_loads(kernel, tmp_path):
-    try:
-        nvcc()
-    except UserError as absent:
-        pytest.skip(str(absent))
-    lib = declare(ctypes.CDLL(str(build_library(f"wkv7_{kernel}", (8, 0), cache=tmp_path))), cuda.FUNCTIONS)
-    forward, no_work = getattr(lib, f"wkv7_{kernel}_forward"), 0
-    arguments = [no_work if kind in (ctypes.c_int, ctypes.c_int64) else None for kind in forward.argtypes]
-    assert forward(*arguments) == 1  # cudaErrorInvalidValue: no batch rows
 
 
 def test_chunk_refuses_what_it_cannot_do_with_an_error_code(libraries):
