@@ -41,7 +41,8 @@ from .errors import UserError
 from .evaluate.loss import document_losses
 from .files import adapters as files
 from .files import models
-from .files.pth import save_tensors
+from .files.folder import write_folder
+from .files.pth import layout_of, save_tensors
 from .generate.chat import as_messages
 from .generate.sampling import Sampling
 from .generate.sampling import generate as sample
@@ -69,7 +70,8 @@ def load_model(
 ) -> LanguageModel:
     """A base model from its file, with an adapter on it if one is named.
 
-    - `path`: a `.pth` of RWKV-6 or RWKV-7; its sizes are read from the file
+    - `path`: a `.pth` of RWKV-6 or RWKV-7, whose sizes are read from the file; or a folder of Hugging Face transformers (LLaMA,
+      Qwen, ...), with the extra `hf` installed
     - `adapter`: an adapter that was trained on this base, as `load_adapter` takes it
     - `dtype`: of the weights; default: bfloat16 on a GPU, float32 on the CPU
     - `device`: "cpu", "cuda", "cuda:1", ...; "auto" is a GPU if there is one
@@ -94,8 +96,8 @@ def load_model(
 def tokenizer(model: LanguageModel, spec: str | Path = "auto", *, encoding: str = "utf-8") -> Tokenizer:
     """The tokenizer of a model.
 
-    - `spec`: "world", "byte" or the path of a tokenizer.json; "auto" goes by the vocabulary:
-      65536 is World, 256 and 257 are bytes
+    - `spec`: "world", "byte" or the path of a tokenizer.json; "auto" is the model's own if its folder has one, else it goes by
+      the vocabulary: 65536 is World, 256 and 257 are bytes
     - `encoding`: of bytes, "utf-8" or "utf-16-le"
 
     Returns an object with `encode(text) -> list[int]`, `decode(ids) -> str` and `end`, the tokens that end a document. Raises
@@ -108,7 +110,7 @@ def tokenizer(model: LanguageModel, spec: str | Path = "auto", *, encoding: str 
     >>> tokenizer.decode([73, 106, 34])
     'Hi!'
     """
-    return open_tokenizer(str(spec), model.sizes.vocab_size, encoding=encoding)
+    return open_tokenizer(str(spec), model.sizes.vocab_size, encoding=encoding, own=model.text)
 
 
 def methods() -> dict[str, str]:
@@ -264,7 +266,8 @@ def train(
         config = replace(config, parts=parts, train_parts=tuple(trained_whole))
     else:
         model.requires_grad_(True)
-    encoder = RowEncoder(tokenizer, Template.open(config.template or model.template), parse_fields(config.fields), config.format,
+    template = Template.open(config.template) if config.template else template_of(model)
+    encoder = RowEncoder(tokenizer, template, parse_fields(config.fields), config.format,
                          config.loss_mask)  # fmt: skip
     documents = documents_of(rows, encoder, "rows")
     validation = None if held_out is None else documents_of(held_out, encoder, "held_out")
@@ -309,7 +312,7 @@ def loss(model: LanguageModel, rows: Iterable[Row], tokenizer: Tokenizer, *, ctx
     >>> rb.loss(model, ["A text.", "Another one."], rb.tokenizer(model)) > 0
     True
     """
-    documents = documents_of(rows, RowEncoder(tokenizer, Template.open(model.template)), "rows")
+    documents = documents_of(rows, RowEncoder(tokenizer, template_of(model)), "rows")
     with evaluating(model):
         found = [
             pair for at in range(0, len(documents), batch_size)
@@ -362,11 +365,13 @@ def generate(
     >>> len(texts)
     2
     """
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    asked: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     stops = tuple(stop)
     if instruct:
-        template = Template.open(model.template)
+        template = template_of(model)
         asked = [template.prompt(as_messages(prompt, system)) for prompt in asked]
+        if template.whole:  # it has written the beginning of the document
+            asked = [tokenizer.encode(text) for text in asked]
         stops += tuple(template.stops)
     sampling = Sampling(temperature, top_p, top_k, 0.0, 0.0)
     with evaluating(model):
@@ -393,9 +398,9 @@ def merge(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = None, overwrite: bool = False) -> None:
-    """Write the adapter that is on a model; or, where there is none, the whole model as a standard `.pth`.
+    """Write the adapter that is on a model; or, where there is none, the whole model as a `.pth` or a folder, as it was read.
 
-    - `model`: any module with an adapter, or an RWKV model, which is written in the dtype and with the names of its file
+    - `model`: any module with an adapter, or a model of `load_model`, which is written with the dtype and names of its file
     - `path`: what to write; it appears when it is whole, an adapter with a `.json` beside it that says what it is
     - `tokenizer`: noted in an adapter's file, for `generate` and the other commands
     - `overwrite`: replace a file that is there
@@ -411,8 +416,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = No
         raise UserError(f"{path} exists; give another name, or overwrite=True")
     layers = peft.adapters(model)
     if not layers:
-        model = model_of_ours(model, "save without an adapter")
-        save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in model.state_dict().items()})
+        save_whole(model_of_ours(model, "save without an adapter"), path)
         return
     layer = next(iter(layers.values()))
     base = {"version": type(model).__name__}
@@ -421,6 +425,21 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = No
     info = {"method": method_name(layer), "options": vars(layer.config), "base": base}
     info |= {"tokenizer": tokenizer.identity()} if tokenizer else {}
     files.save_adapter(path, peft.adapter_tensors(model), info)
+
+
+def save_whole(model: LanguageModel, path: Path) -> None:
+    state = model.state_dict()
+    folder = models.folder_of(model.file) if model.file else None
+    if folder is None:
+        save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in state.items()})
+        return
+    names = [name for shard in folder.shards.values() for name in shard]
+    tensors = {name: state[model.parameter_name(name)].to(folder.tensors[name].dtype).contiguous().cpu() for name in names}
+    write_folder(path, folder, layout_of(tensors), tensors.items())
+
+
+def template_of(model: LanguageModel) -> Template:
+    return Template.of_model(model.text, model.template)
 
 
 def method_name(layer: peft.AdapterLinear) -> str:

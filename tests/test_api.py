@@ -154,3 +154,22 @@ def test_what_cannot_be_is_refused_in_a_line(folder):
     rb.inject(model, "bone", r=8)
     with pytest.raises(UserError, match="already"):
         rb.load_adapter(model, "adapter.pth")
+
+
+def test_a_model_of_transformers_has_its_own_tokenizer_and_is_saved_as_its_folder(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from tests.hf_models import make_folder, open_hf
+
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "llama")
+    model = rb.load_model("llama", device="cpu")
+    tokenizer = rb.tokenizer(model)
+    rb.inject(model, "lora", r=4)
+    losses = rb.train(model, ROWS, tokenizer, lr_init=1e-2, epoch_count=2, verbose=False)
+    assert losses[-1] < losses[0]
+    assert rb.generate(model, tokenizer, "Hi", instruct=True, max_tokens=3, temperature=0)
+    rb.merge(model)
+    rb.save(model, "tuned")
+    idx = torch.randint(4, 100, (1, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(open_hf(tmp_path / "tuned")(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4)
