@@ -2,9 +2,10 @@
 
     python examples/llama.py MODEL_FOLDER mine.jsonl OUT_FOLDER
 
-MODEL_FOLDER is what Hugging Face calls a model: config.json, safetensors and the tokenizer's files; it needs
-`pip install 'rwkv-bone[hf]'`. A line of mine.jsonl is {"question": ..., "answer": ...} or {"messages": [...]}; the model's own chat
-template makes the text. OUT_FOLDER is a folder of the same kind with the merged weights, for transformers, vLLM, llama.cpp's converter, ...
+MODEL_FOLDER is what Hugging Face calls a model: config.json, safetensors and the tokenizer's files; reading it takes
+`pip install 'rwkv-bone[hf]'`. A line of mine.jsonl is {"question": ..., "answer": ...} or {"messages": [...]}; the model's
+own chat template makes the text. OUT_FOLDER is a folder of the same kind with the merged weights, for transformers, vLLM,
+llama.cpp's converter, ...
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import rwkv_bone as rb
+
 
 def main(folder: str, data: str, out: str, r: int = 64, **flags) -> None:
     """r: Bone's block size, which must divide the sizes of the layers; flags: those of train.py."""
