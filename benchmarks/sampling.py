@@ -34,7 +34,6 @@ PROMPT = [1, 2, 3, 5, 8, 13, 21, 34]
 
 
 def ours(path: str, batch: int, dtype: torch.dtype) -> Callable[[int], list[int]]:
-
     from rwkv_bone.generate import read, step
 
     model = load_model(path, dtype)
@@ -52,7 +51,8 @@ def ours(path: str, batch: int, dtype: torch.dtype) -> Callable[[int], list[int]
 
 
 def package(path: str, script: bool) -> Callable[[int], list[int]]:
-    os.environ.update(RWKV_V7_ON="0", RWKV_CUDA_ON="0", RWKV_JIT_ON=str(int(script)))  # read as the package is imported
+    v7 = open_model(path).kind.version == "x070"
+    os.environ.update(RWKV_V7_ON=str(int(v7)), RWKV_CUDA_ON="0", RWKV_JIT_ON=str(int(script)))  # read as the package is imported
     from rwkv.model import RWKV as Package
 
     model = Package(model=path.removesuffix(".pth"), strategy="cpu fp32", verbose=False)
@@ -87,7 +87,7 @@ def work(args: argparse.Namespace) -> None:
 
 def new_model(args: argparse.Namespace, folder: str) -> str:
     path = Path(folder) / "random.pth"
-    kind = MODELS["x060"]
+    kind = MODELS[args.version]
     sizes = kind.new_sizes(vocab_size=args.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd, head_size=64)
     tensors = kind(sizes).initialise(0).state_dict()
     for name, value in tensors.items():  # a fresh model's outputs and LoRAs are zero
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(DEMO), metavar="M.pth", help="default: the demo model")
     for name, default in dict(n_layer=0, n_embd=0, vocab_size=16384, batch=16, tokens=100, repeats=15, threads=1).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--version", default="x060", choices=tuple(MODELS), help="of a random model (--n_layer, --n_embd)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of ours")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -139,7 +139,7 @@ class TimeMix(nn.Module):
         """
         B, T, C = x.shape
         H, N = self.r_k.shape
-        own = tuple(self.parameters(recurse=False))
+        own = tuple(self.parameters(recurse=False)) if torch.is_grad_enabled() else ()  # a fifth of a sampled token
         with recompute_in_backward(self.lerps, x, shift, reset, trained=own) as (xr, xw, xk, xv, xa, xg):
             r = self.receptance(xr)
             k = self.key(xk)
