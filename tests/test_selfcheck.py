@@ -23,6 +23,7 @@ from rwkv_bone.ops import build, cuda, selfcheck, wkv6, wkv7
 from rwkv_bone.ops.bone import cuda as bone_cuda
 from rwkv_bone.ops.selfcheck import Verdict
 from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
+from rwkv_bone.ops.wkv7 import cuda as wkv7_cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
 RECURRENCES = [wkv6.recurrence, wkv7.recurrence]
@@ -163,8 +164,8 @@ def gpu(monkeypatch, tmp_path):
     selfcheck.choose.cache_clear()
 
 
-def choose(op="auto", dtype=BF16, N=64, recurrence=wkv7.recurrence):
-    return selfcheck.choose(recurrence, dtype, N, GPU, op)
+def choose(op="auto", dtype=BF16, N=64, T=16, recurrence=wkv7.recurrence):
+    return selfcheck.choose(recurrence, dtype, N, T, GPU, op)
 
 
 WRONG = Verdict(False, "gradient of b is off by 2e-01 (allowed 6e-03): random inputs, 70 tokens")
@@ -194,6 +195,12 @@ def test_the_fastest_kernel_that_is_right_runs(gpu, capsys, broken, dtype, N, wa
     assert capsys.readouterr().err == ""  # it is said once
     if broken and way in selfcheck.OURS:
         assert cuda.choose("wkv7", dtype, N) == way  # what a compiled model's op asks
+
+
+def test_fewer_tokens_than_a_chunk_go_step_by_step(gpu):
+    assert choose(T=15).way == "sequential" and choose().way == "chunk"
+    r = torch.empty(2, 15, 3, 64, dtype=BF16, device="meta")
+    assert wkv7_cuda.saved_shape(r) == (2, 3, 64, 64)  # the initial state alone
 
 
 def test_without_nvcc_the_line_says_once_how_to_get_it(gpu, capsys):

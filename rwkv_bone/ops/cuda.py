@@ -16,6 +16,7 @@ from ..errors import UserError
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CHUNK = 16  # tokens; L in cuda/tiles.cuh
 DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: what nvcc links needs a driver of its own version
 INT, SIZE, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 Functions = dict[str, tuple[Any, Sequence[Any]]]  # the types of what C functions return and take, by name
@@ -75,14 +76,16 @@ def declare(lib: ctypes.CDLL, functions: Functions) -> ctypes.CDLL:
     return lib
 
 
-def choose(name: str, dtype: torch.dtype, N: int) -> str:
-    """Of the two kernels of the recurrence `name`, the one for inputs of `dtype` and heads of N channels; ValueError for none."""
+def choose(name: str, dtype: torch.dtype, N: int, T: int = CHUNK) -> str:
+    """Of the two kernels of the recurrence `name`, the one for T tokens of `dtype` and heads of N channels; ValueError for none.
+
+    Tokens that fill no chunk go step by step: that is less work, and exact where the few numbers of a result cancel."""
     if dtype not in DTYPES or N > 128:
         raise ValueError(
             f"{name}: the CUDA kernels take float32 or bfloat16 and heads of up to 128 channels, not {dtype} and {N}; "
             f"use op='torch'"
         )
-    fits = dtype == torch.bfloat16 and N == 64 and (name, "chunk", dtype, N) not in refused
+    fits = dtype == torch.bfloat16 and N == 64 and T >= CHUNK and (name, "chunk", dtype, N) not in refused
     return "chunk" if fits else "sequential"
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import selfcheck
+from .cuda import CHUNK
 
 OPS = ("auto", "torch", "cpu", "cuda", "fla")
 COMPUTE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}  # by r's dtype
@@ -47,7 +48,7 @@ class Recurrence:
         self, name: str, inputs: tuple[Input, ...], reference: Callable, chunked: Callable, fla: Callable, kernels: dict[str, Any]
     ):
         self.name, self.inputs, self.fla = name, inputs, fla
-        self.ways: dict[tuple, str] = {}  # what runs on a GPU, by op, dtype, N and device
+        self.ways: dict[tuple, str] = {}  # what runs on a GPU, by op, dtype, N, tokens, device
         self.reference, self.chunked, self.kernels = reference, chunked, kernels
         self.state = 1 + inputs.index(STATE)
         self.has_gradient = [True, *(i.dtype != "bool" for i in inputs)]
@@ -85,9 +86,9 @@ class Recurrence:
             return op
         if torch.compiler.is_compiling() or type(r) is not Tensor:  # nothing can be tried out now
             return op
-        key = (op, r.dtype, r.shape[-1], r.device)
+        key = (op, r.dtype, r.shape[-1], min(r.shape[1], CHUNK), r.device)
         if key not in self.ways:
-            self.ways[key] = selfcheck.choose(self, r.dtype, r.shape[-1], r.device, op).way
+            self.ways[key] = selfcheck.choose(self, *key[1:4], r.device, op).way
         return self.ways[key]
 
     def describe(self, device: str, dtype: torch.dtype, N: int, op: str = "auto") -> str:
@@ -95,7 +96,7 @@ class Recurrence:
         if op == "torch":
             return selfcheck.WORDS[op]
         if device == "cuda":
-            return selfcheck.choose(self, dtype, N, torch.device("cuda", torch.cuda.current_device()), op).text
+            return selfcheck.choose(self, dtype, N, CHUNK, torch.device("cuda", torch.cuda.current_device()), op).text
         return self.kernels[device].describe(dtype, N)
 
     def _check(self, tensors: tuple[Tensor | None, ...], op: str) -> torch.dtype:

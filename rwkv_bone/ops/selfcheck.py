@@ -290,12 +290,12 @@ class Choice:
     text: str
 
 
-def candidates(recurrence: Any, dtype: torch.dtype, N: int, op: str) -> Iterator[str]:
+def candidates(recurrence: Any, dtype: torch.dtype, N: int, T: int, op: str) -> Iterator[str]:
     """What may run for --op `op`, the fastest first."""
     if op == "cuda":
-        yield cuda.choose(recurrence.name, dtype, N)
+        yield cuda.choose(recurrence.name, dtype, N, T)
     if op == "auto" and torch.version.hip is None and dtype in cuda.DTYPES and N <= 128:
-        yield from OURS[OURS.index(cuda.choose(recurrence.name, dtype, N)) :]
+        yield from OURS[OURS.index(cuda.choose(recurrence.name, dtype, N, T)) :]
     if op == "fla" or (op == "auto" and dtype in cuda.DTYPES and importlib.util.find_spec("fla")):
         yield "fla"
     if op == "auto":
@@ -307,13 +307,13 @@ WORDS = {"chunk": "CUDA kernel, chunk", "sequential": "CUDA kernel, sequential",
 
 
 @functools.cache
-def choose(recurrence: Any, dtype: torch.dtype, N: int, device: torch.device, op: str) -> Choice:
-    """The first of the candidates that is there and right on `device`; what is passed over is said once, on stderr. With op
-    "cuda" or "fla" a UserError instead."""
+def choose(recurrence: Any, dtype: torch.dtype, N: int, T: int, device: torch.device, op: str) -> Choice:
+    """The first of the candidates that is there and right on `device`, for T tokens or, where T is a chunk's, for that many and
+    more; what is passed over is said on stderr. With op "cuda" or "fla" a UserError instead."""
     name, refused = recurrence.name, dict[str, list[str]]()
     if op == "cuda" and torch.version.hip:
         raise UserError("--op cuda: this torch is built for ROCm, and the CUDA kernels are for NVIDIA GPUs; leave --op out")
-    for kernel in candidates(recurrence, dtype, N, op):
+    for kernel in candidates(recurrence, dtype, N, T, op):
         if kernel == "torch":
             found = Verdict(True, "")
         else:
@@ -331,7 +331,7 @@ def choose(recurrence: Any, dtype: torch.dtype, N: int, device: torch.device, op
     text = WORDS[kernel] + (f", checked on this GPU: {found.text}" if found.text else "")
     if refused:
         why = "; ".join(f"{' and '.join(WORDS[k] for k in kernels)}: {text}" for text, kernels in refused.items())
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" and T == cuda.CHUNK:
             print(f"rwkv-bone: {name.upper()} runs by {WORDS[kernel]}, which is slower, as others cannot: {why}", file=sys.stderr)
         text += f" (faster would be the {WORDS[next(iter(refused.values()))[0]]}, see above)"
     return Choice(kernel, text)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..cuda import DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, multiprocessors, run
+from ..cuda import CHUNK, DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, multiprocessors, run
 
-CHUNK = 16  # tokens; L in cuda/wkv6_chunk.cu
 CHECKPOINT = (64 * 64 + 16 * 16) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) there
 FUNCTIONS: Functions = {
     "wkv6_sequential_scratch": (SIZE, [SIZE] * 4),
@@ -27,9 +26,9 @@ FUNCTIONS: Functions = {
 }
 
 
-def choose(dtype: torch.dtype, N: int) -> str:
-    """The kernel for r, k, v of `dtype` and heads of `N` channels."""
-    return cuda.choose("wkv6", dtype, N)
+def choose(dtype: torch.dtype, N: int, T: int = CHUNK) -> str:
+    """The kernel for T tokens of `dtype` and heads of N channels."""
+    return cuda.choose("wkv6", dtype, N, T)
 
 
 def library(kernel: str, device: torch.device) -> ctypes.CDLL:
@@ -39,7 +38,7 @@ def library(kernel: str, device: torch.device) -> ctypes.CDLL:
 def saved_shape(r: Tensor, kernel: str | None = None) -> tuple[int, ...]:
     """The shape of what forward keeps for backward: checkpoints (chunk), the initial state (sequential)."""
     B, T, H, N = r.shape
-    if (kernel or choose(r.dtype, N)) == "chunk":
+    if (kernel or choose(r.dtype, N, T)) == "chunk":
         return (B, H, (T + CHUNK - 1) // CHUNK, CHECKPOINT)
     return (B, H, N, N)
 
@@ -49,7 +48,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and what backward needs (empty unless `save`). `kernel`: for tests; else as chosen."""
     B, T, H, N = r.shape
-    kernel = kernel or choose(r.dtype, N)
+    kernel = kernel or choose(r.dtype, N, T)
     lib = library(kernel, r.device)
     y, final_state = torch.empty_like(r), u.new_empty(B, H, N, N)
     if kernel == "chunk":
@@ -75,7 +74,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of r, k, v, log_w, u and state from those of y and of the final state."""
     B, T, H, N = r.shape
-    kernel = kernel or choose(r.dtype, N)
+    kernel = kernel or choose(r.dtype, N, T)
     lib = library(kernel, r.device)
     gr, gk, gv, gw = torch.empty_like(r), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_w)
     gu, gstate = u.new_empty(B, H, N), u.new_empty(B, H, N, N)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..cuda import DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, run
+from ..cuda import CHUNK, DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, run
 
-CHUNK = 16  # tokens; L in cuda/tiles.cuh
 CHECKPOINT = (64 * 64 + 16 * 64) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) in cuda/wkv7_chunk.cu
 FUNCTIONS: Functions = {
     "wkv7_sequential_scratch": (SIZE, [SIZE] * 4),
@@ -28,9 +27,9 @@ FUNCTIONS: Functions = {
 }
 
 
-def choose(dtype: torch.dtype, N: int) -> str:
-    """The kernel for r, k, v, a, b of `dtype` and heads of `N` channels."""
-    return cuda.choose("wkv7", dtype, N)
+def choose(dtype: torch.dtype, N: int, T: int = CHUNK) -> str:
+    """The kernel for T tokens of `dtype` and heads of N channels."""
+    return cuda.choose("wkv7", dtype, N, T)
 
 
 def library(kernel: str, device: torch.device) -> ctypes.CDLL:
@@ -40,7 +39,7 @@ def library(kernel: str, device: torch.device) -> ctypes.CDLL:
 def saved_shape(r: Tensor, kernel: str | None = None) -> tuple[int, ...]:
     """The shape of what forward keeps for backward: checkpoints (chunk), the initial state (sequential)."""
     B, T, H, N = r.shape
-    if (kernel or choose(r.dtype, N)) == "chunk":
+    if (kernel or choose(r.dtype, N, T)) == "chunk":
         return (B, H, (T + CHUNK - 1) // CHUNK, CHECKPOINT)
     return (B, H, N, N)
 
@@ -51,7 +50,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and what backward needs (empty unless `save`). `kernel`: for tests; else as chosen."""
     B, T, H, N = r.shape
-    kernel = kernel or choose(r.dtype, N)
+    kernel = kernel or choose(r.dtype, N, T)
     lib = library(kernel, r.device)
     y, final_state = torch.empty_like(r), _float32(r, B, H, N, N)
     if kernel == "chunk":
@@ -76,7 +75,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, log_w, k, v, a, b and state from those of y and of the final state."""
     B, T, H, N = r.shape
-    kernel = kernel or choose(r.dtype, N)
+    kernel = kernel or choose(r.dtype, N, T)
     lib = library(kernel, r.device)
     gr, glog_w, gk, gv, ga, gb = map(torch.empty_like, (r, log_w, k, v, a, b))
     grads = gr, glog_w, gk, gv, ga, gb, _float32(r, B, H, N, N)
