@@ -7,6 +7,7 @@ import sys
 from .errors import UserError, checked, hint, run
 
 COMMANDS = {
+    "download": ("rwkv_bone.files.download", "get a base model"),
     "train": ("rwkv_bone.training.run", "fine-tune, or train from scratch"),
     "merge": ("rwkv_bone.merging.command", "base + adapter -> standard .pth"),
     "generate": ("rwkv_bone.generate.command", "sample, or chat"),

@@ -39,7 +39,7 @@ OPS = ("auto", "cuda", "cpu", "torch", "fla", "triton")  # triton, RWKV-PEFT's n
 AT_LEAST = {
     1: "ctx_len micro_bsz accumulate_grad_batches epoch_count num_nodes epoch_save keep_last head_size_a chunk_ctx",
     0: "vocab_size n_layer n_embd dim_att dim_ffn epoch_begin epoch_steps warmup_steps save_every_steps save_every_minutes "
-    "lr_init weight_decay grad_clip adam_eps threads val_every patience",
+    "weight_decay grad_clip adam_eps threads val_every patience sample_every keep_adapters",
 }
 
 
@@ -104,8 +104,9 @@ class TrainConfig:
     epoch_count: int = flag(1, "training", "passes over the data")
     epoch_begin: int = flag(0, "training", "number of the first epoch, in file names")
     epoch_steps: int = flag(0, "training", "cap on the steps of an epoch; 0: all the data")
-    lr_init: float = flag(2e-5, "training", "learning rate after the warm-up")
-    lr_final: float = flag(-1.0, "training", "learning rate at the end; default: lr_init")
+    lr_init: float = flag(-1.0, "training", "learning rate after the warm-up; -1: the one recommended for model and method")
+    lr_final: float = flag(-1.0, "training", "learning rate at the end; -1: lr_init")
+    lr_recommended: bool = False  # no lr_init was given: it is the recommended one
     repeat_data: bool = False  # an epoch is exactly epoch_steps steps: data that is shorter is read again
     lr_schedule: str = flag(
         "exp",
@@ -123,7 +124,12 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "training", "weight decay, on matrices only")
     grad_clip: float = flag(1.0, "training", "largest gradient norm; 0: no clipping")
     val_every: int = flag(0, "training", "steps between two validations; 0: at the end of each epoch")
+    val_first: bool = flag(False, "training", "measure the held-out loss before the first step, too")
     patience: int = flag(0, "training", "end the run after so many validations without a better one; 0: never")
+    sample_prompt: tuple[str, ...] = flag(
+        (), "training", "questions that the model answers before the first step and at the end; may be given several times"
+    )
+    sample_every: int = flag(0, "training", "and every so many steps")
     train_type: str = flag(
         "none",
         "training",
@@ -145,6 +151,7 @@ class TrainConfig:
 
     proj_dir: str = flag("out", "output", "folder for adapters, checkpoints and logs")
     epoch_save: int = flag(1, "output", "write rwkv-N.pth every so many epochs; the last is always written")
+    keep_adapters: int = flag(0, "output", "of the earlier rwkv-N.pth keep so many; best and last always stay; 0: all")
     save_every_steps: int = flag(0, "output", "write a step checkpoint every so many steps; 0: at the end of epochs only")
     save_every_minutes: float = flag(10.0, "output", "and every so many minutes; 0: never")
     keep_last: int = flag(2, "output", "step checkpoints to keep")
@@ -161,6 +168,9 @@ class TrainConfig:
             for name in names.split():
                 if not getattr(self, name) >= low:
                     raise UserError(f"--{name} must be at least {low}, not {getattr(self, name)}")
+        for name in ("lr_init", "lr_final"):
+            if not (getattr(self, name) >= 0 or getattr(self, name) == -1):
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}; leave it out for the default")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -172,6 +182,12 @@ class TrainConfig:
             raise UserError("--val_split holds documents of --data_file out: not with --val_file, and not with --dataload get")
         if (self.patience or self.val_every) and not (self.val_file or self.val_split):
             raise UserError("--val_every and --patience need held-out data: --val_file or --val_split")
+        if self.val_first and not (self.val_file or self.val_split):
+            raise UserError("--val_first needs held-out data: --val_file or --val_split")
+        if self.sample_every and not self.sample_prompt:
+            raise UserError('--sample_every needs what to ask: --sample_prompt "..."')
+        if self.sample_prompt and self.strategy.startswith("deepspeed_stage_3"):
+            raise UserError("--sample_prompt: stage 3 has no whole model on a device to ask; use deepspeed_stage_2")
         if self.data_rows and not re.fullmatch(r"\d*:\d*", self.data_rows):
             raise UserError(f"--data_rows takes FIRST:LAST, as in :1000 or 1000:2000, not {self.data_rows!r}")
         if self.resume not in ("", "auto"):
@@ -213,12 +229,20 @@ class TrainConfig:
         for name in ("parts", "train_parts"):
             if name in given:
                 given[name] = words(given[name])
+        if "sample_prompt" in given:
+            given["sample_prompt"] = tuple(given["sample_prompt"])
         given["peft_options"] = {name: given.pop(name) for name in method_options if name in given}
         if given.get("op") == "triton":
             given["op"] = "fla"
         given["precision"] = PRECISIONS[given.get("precision", "auto")]
-        config = cls(**{**given, **read.more}, notes=read.notes)
-        return config if config.lr_final >= 0 else replace(config, lr_final=config.lr_init)
+        return cls(**{**given, **read.more}, notes=read.notes).with_rate()
+
+    def with_rate(self, recommended: float = -1) -> "TrainConfig":
+        """With the recommended rate where none was given, and lr_final where that is lr_init."""
+        config = self
+        if config.lr_init < 0 <= recommended:
+            config = replace(config, lr_init=recommended, lr_recommended=True)
+        return replace(config, lr_final=config.lr_init) if config.lr_final < 0 else config
 
     def wants_l2wrap(self, model: Any) -> bool:
         return model.l2wrap if self.l2wrap is None else self.l2wrap
@@ -279,7 +303,7 @@ def add_flag(group, name: str, default: Any, text: str, choices=None) -> None:
     if kind is bool or default is None:
         more.update(type=truth, nargs="?", const=True, metavar="0|1")
     elif kind is tuple:
-        more.update(nargs="*", metavar=name.upper()[:-1])
+        more.update(nargs="*", action="extend", metavar=name.upper().removesuffix("S"))
     else:
         more.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
     group.add_argument(f"--{name}", **more)

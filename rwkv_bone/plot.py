@@ -3,7 +3,8 @@
     python -m rwkv_bone.plot DIR... [--out loss.png]
 
 The loss of each step is drawn faint, and over it the smoothed loss, as training/losses.py defines it: the mean per trained token
-over the last twentieth of the steps so far, which is the number that a terminal shows. Speeds are smoothed likewise, over time,
+over the last twentieth of the steps so far, which is the number that a terminal shows. Circles are the held-out
+loss. Speeds are smoothed likewise, over time,
 without the first step, which builds kernels and warms up. Drawn with matplotlib, the optional extra `plot`.
 """
 
@@ -54,6 +55,20 @@ def read_run(path: str | Path) -> dict[str, np.ndarray]:
     if not steps:
         raise UserError(f"{file}: no step is in it yet")
     return dict(zip(COLUMNS, np.array([steps[step] for step in sorted(steps)]).T))
+
+
+def read_held_out(path: str | Path) -> np.ndarray:
+    """(measures, 2): step and held-out loss, from the val_data.jsonl beside a run's loss_data.jsonl, if there is one."""
+    path = Path(path)
+    file = (path.parent if path.suffix == ".jsonl" else path) / "val_data.jsonl"
+    found = []
+    for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
+        try:
+            row = json.loads(line)
+            found.append([value_of(row["step"]), value_of(row["loss"])])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f'{file}: wanted lines such as {{"step": 1, "loss": 2.5}}') from None
+    return np.array(found, float).reshape(-1, 2)
 
 
 def value_of(value: Any) -> float:
@@ -108,6 +123,12 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
                 loss_panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
             mark = {"marker": "."} if few else {}
             loss_panel.plot(step, line, color=colour, linewidth=1.8, label=label, **mark)
+            held_out = read_held_out(name)
+            if len(held_out):
+                lines.append(held_out[:, 1])
+                label = f"{name}, held out: {held_out[-1, 1]:.4f}"
+                ring = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": ":", "linewidth": 1.2}
+                loss_panel.plot(*held_out.T, color=colour, label=label, **ring)
             bad = ~np.isfinite(loss) & (weights > 0)  # a step without a trained token has none, and rightly so
             if bad.any():
                 place = loss_panel.get_xaxis_transform()  # at the bottom, whatever the losses are
@@ -127,7 +148,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
                 panel.axvline(border, color="#bbbbbb", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         loss_panel.set_ylim(*loss_limits(data.values(), lines))
         loss_panel.set_ylabel("loss (nats per token)")
-        loss_panel.legend(loc="upper right", title="smoothed loss at the end")
+        loss_panel.legend(loc="upper right", title="loss at the end")
         if lr_panel is not None:
             lr_panel.set_ylabel("learning rate")
             lr_panel.set_ylim(bottom=0)

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import textwrap
 from typing import TextIO
 
 from tqdm import tqdm
@@ -27,6 +28,16 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+WIDTH, LABEL = 100, 11  # columns of a line, and of the word before it ("data       ...")
+
+
+def fitted(line: str) -> str:
+    """A line of a summary in as many as it needs; a command, which begins with its program, stays whole, to be pasted."""
+    if len(line) <= WIDTH or line[LABEL:].startswith(("rwkv-bone ", "python ")):
+        return line
+    return textwrap.fill(line, WIDTH, subsequent_indent=" " * LABEL, break_long_words=False, break_on_hyphens=False)
 
 
 def next_command(name: str, **flags: object) -> str:

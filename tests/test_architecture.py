@@ -135,7 +135,7 @@ MAY_NOT = {
     "ops": {"models", "peft", "files", "interop", "data", "training", "merging", "generate", "evaluate", "compare", "config"},
     "files": {"training", "data", "merging", "generate", "evaluate", "compare", "config"},
     "interop": {"training", "merging", "generate", "evaluate", "compare"},
-    "training": {"merging", "generate", "evaluate", "compare"},
+    "training": {"merging", "evaluate", "compare"},
 }
 
 

@@ -7,7 +7,6 @@ import multiprocessing.connection
 import os
 import re
 import statistics
-import sys
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from ..errors import UserError
 from ..evaluate.loss import document_losses
 from ..models import LanguageModel
 from ..ops.float32 import set_matmul_backend
+from ..training.ending import peak_bytes
 from ..training.loader import TrainingData
 from ..training.loop import fit, tokens_at_once
 from ..training.objectives import OBJECTIVES, mean_loss
@@ -48,20 +48,6 @@ class Clock:
         """CPU time of a step, the median."""
         each = [after - before for before, after in zip(self.times, self.times[1:])]
         return statistics.median(each or [0.0]) * self.micro_batches
-
-
-def peak_bytes(device: str) -> int:
-    """The most memory that this process has held so far: on the GPU what torch has given out, else all that is resident.
-
-    0 on the CPU of a system that does not tell (Windows).
-    """
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def held_out_losses(model: LanguageModel, documents: Documents, ids: Sequence[int]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Sampling (sampling.py), chat (chat.py), the command line (command.py).
 
-May be imported by evaluate/, compare/, demo/ and api.py.
+May be imported by training/, evaluate/, compare/, demo/ and api.py.
 
 This folder has the name of a function of the Python API: `rwkv_bone.generate(...)` calls that, whichever was imported first.
 """

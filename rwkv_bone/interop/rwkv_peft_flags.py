@@ -83,9 +83,10 @@ VERSIONS = {"6": "x060", "7": "x070"}  # RWKV-PEFT looks for the digit alone
 
 # ---------------------------------------------------------------- the words of a command line
 
+SEVERAL = ("--sample_prompt",)  # flags of which each one given counts
 
 class Line:
-    """A command line as its flags, in order, each with the words that follow it. A flag given twice counts as the last says."""
+    """A command line as its flags, in order, each with the words that follow it. Given twice, a flag counts as the last says."""
 
     def __init__(self, argv: Sequence[str]):
         self.before: list[str] = []  # words before the first flag
@@ -94,7 +95,7 @@ class Line:
         for word in argv:
             if word.startswith("--") and len(word) > 2:
                 name, equals, value = word.partition("=")
-                words = self.flags[name] = [value] if equals else []
+                words = self.flags[name] = (self.words(name[2:]) if name in SEVERAL else []) + ([value] if equals else [])
             else:
                 words.append(word)
 
@@ -144,6 +145,9 @@ class Line:
         """The words again. One word that begins with a dash is joined to its flag, as argparse needs it."""
         words = list(self.before)
         for flag, values in self.flags.items():
+            if flag in SEVERAL:
+                words += [f"{flag}={value}" for value in values]
+                continue
             words += [f"{flag}={values[0]}", *values[1:]] if values and values[0].startswith("-") else [flag, *values]
         return words
 

@@ -146,6 +146,11 @@ class TrainingData:
         data.template = template if kind == "jsonl" else None
         return data
 
+    @property
+    def asks(self) -> bool:
+        """Whether the documents are questions of which only the answers are trained."""
+        return self.template is not None and self.documents is not None and self.documents.mask is not None
+
     # ------------------------------------------------ steps
 
     def epochs(self, rank: int = 0, world: int = 1, seed: int = 0) -> Epochs:
@@ -231,9 +236,10 @@ class TrainingData:
             lines += summary_of(self.samples, self.epochs(0, world).sampler, self.round_to).lines()
         if self.tokenizer is not None and self.read_text:
             lines.append(f"tokenizer: {self.tokenizer}")
-        if self.config.dry_run and self.documents is not None and self.tokenizer is not None:
-            lines += show_document(self.documents, self.tokenizer)
         if unseen := self.unseen(world):
             lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends before {unseen:,} samples were seen")
         return lines + self.lines
 
+    def first_document(self) -> list[str]:
+        """Lines with its text, what is trained marked; none where the tokenizer is not known."""
+        return show_document(self.documents, self.tokenizer) if self.documents is not None and self.tokenizer is not None else []

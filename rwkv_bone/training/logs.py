@@ -16,11 +16,14 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..errors import UserError
-from ..terminal import clock
+from ..terminal import clock, fitted
+from . import samples
 from .losses import RunningLoss
 from .outputs import LOGS, RunFolder
+from .samples import Sample
 
 LINE_SECONDS = 10.0  # at least so long between two plain lines
+FEW_EPOCHS = 20  # of more, not every one has a line
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "trained", "tokens", "val_loss")
 
 
@@ -46,7 +49,7 @@ class StepRecord(NamedTuple):
 
 def say(text: str) -> None:
     """A line of its own, above the bar where there is one."""
-    tqdm.write(text)
+    tqdm.write("\n".join(map(fitted, text.split("\n"))))
     sys.stdout.flush()
 
 
@@ -54,9 +57,10 @@ class Logs:
     """The first device's log files and its progress display. `lengths` (bytes) cut the files to where a resumed run stood."""
 
     def __init__(self, folder: RunFolder, config: TrainConfig, step: int, total: int, lengths: dict[str, int] | None):
-        folder.claim(*LOGS)
+        names = [*LOGS, *([samples.FILE] if config.sample_prompt else [])]
+        folder.claim(*names)
         self.files = {}
-        for name in LOGS:
+        for name in names:
             path = folder / name
             if lengths is not None and path.exists():
                 os.truncate(path, min(path.stat().st_size, lengths.get(name, 0)))
@@ -65,14 +69,22 @@ class Logs:
             self.row(dict(zip(COLUMNS, COLUMNS)))
         if not self.files["train_log.txt"].tell():
             self.write("train_log.txt", "# epoch, loss, perplexity, learning rate, date, time, seconds")
-        earlier = [json.loads(line) for line in (folder / "loss_data.jsonl").read_text().splitlines()]
+        earlier, held_out = (
+            [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            for name in ("loss_data.jsonl", "val_data.jsonl")
+        )
         self.others = other_loggers(config, folder)
         for line in earlier:
             self.to_others({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens")}, line["step"])
+        for line in held_out:
+            self.to_others({"val_loss": line["loss"]}, line["step"])
         self.start, self.total, self.stream = step, total, sys.stdout
         self.loss = RunningLoss((line["loss"], line["trained"]) for line in earlier)
         self.seconds = self.tokens = 0.0
         self.shown_at, self.epoch_began = 0.0, time.time()
+        self.epoch_shown_at = 0.0
+        self.epochs, self.last_epoch = config.epoch_count, config.epoch_begin + config.epoch_count - 1
+        self.held_out: tuple[int, float] = (0, 0.0)  # the last measure: after which step, loss
         self.bar = None
         if self.stream.isatty():
             shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -98,16 +110,28 @@ class Logs:
         self.loss.add(record.loss, record.trained)
         self.show(record)
 
-    def validation(self, step: int, loss: float, tokens: int) -> None:
-        self.write("val_data.jsonl", json.dumps({"step": step, "loss": loss, "tokens": tokens}))
-        self.row({"step": step, "val_loss": loss})
+    def validation(self, step: int, epoch: int, loss: float, tokens: int) -> None:
+        """step: 0 for a measure before the first."""
+        self.write("val_data.jsonl", json.dumps({"step": step, "epoch": epoch, "loss": loss, "tokens": tokens}))
+        self.row({"step": step, "epoch": epoch, "val_loss": loss})
         self.to_others({"val_loss": loss}, step)
+        self.held_out = (step, loss)
+
+    def samples(self, answers: list[Sample]) -> None:
+        for answer in answers:
+            self.write(samples.FILE, json.dumps(answer._asdict()))
+        say(samples.in_lines(answers))
 
     def epoch(self, record: StepRecord, loss: float) -> None:
         now, took = time.strftime("%Y-%m-%d %H:%M:%S"), time.time() - self.epoch_began
         perplexity = math.exp(min(loss, 700))
         self.write("train_log.txt", f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {took:.1f}s")
         self.epoch_began = time.time()
+        last = record.epoch == self.last_epoch
+        if self.epochs <= FEW_EPOCHS or last or time.monotonic() - self.epoch_shown_at >= LINE_SECONDS:
+            self.epoch_shown_at = time.monotonic()
+            held_out = f", held out {self.held_out[1]:.4f}" if self.held_out[0] == record.step else ""
+            say(f"epoch {record.epoch} ended with step {record.step}/{self.total}: loss {loss:.4f}{held_out}, in {clock(took)}")
 
     def show(self, record: StepRecord) -> None:
         """Loss over the last steps, learning rate, real tokens/s, time to go."""

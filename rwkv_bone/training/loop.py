@@ -18,15 +18,16 @@ from ..errors import UserError
 from ..files.adapters import sidecar
 from ..models import LanguageModel
 from ..ops.float32 import set_matmul_backend
-from . import resume, summary, validation
+from . import ending, report, resume, summary, validation, verdict
 from .infctx import backward_in_chunks, equal_lengths
 from .loader import TrainingData
 from .logs import Logs, StepRecord, say
 from .objectives import Objective, Step, not_finite_in
 from .optimiser import make_optimiser
-from .outputs import BEST, INTERRUPTED, RECORD, RunFolder, result_due, save_result
+from .outputs import BEST, INTERRUPTED, RECORD, RunFolder, numbered, result_due, save_result
+from .samples import Sampler
 from .schedule import learning_rate
-from .strategies import Engine, lost_device
+from .strategies import Engine, device_type, lost_device
 
 ECHO_SECONDS = 2.0  # within which a second signal is the first one's echo: of a key, or of a launcher that passes it on
 # SIGUSR1: what a SLURM job asks to be sent before its time is up
@@ -40,15 +41,19 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     """
     # ---- set up
     world, first = engine.world, engine.first
+    recommended = verdict.recommended_rate(model, config)
+    config = config.with_rate(recommended)
     per_epoch = data.steps_per_epoch(world)
     total_steps = per_epoch * config.epoch_count
     folder = RunFolder(config.proj_dir)
     check_what_trains(model, config)
+    sampler = Sampler.of(config, data)
     multiplied_by = set_matmul_backend(engine.device.type, tokens_at_once(data, config), summary.precision(config) == "tf32")
     if first:
         if not config.dry_run:
             check_folder(folder, config)
-        print(summary.describe(model, data, config, world, multiplied_by), flush=True)
+        described = summary.describe(model, data, config, world, recommended, multiplied_by)
+        print(described, flush=True)
     if config.dry_run:
         return 0
     engine.barrier()
@@ -74,7 +79,7 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     if ended:
         if first:
             print(f"resuming   after step {step}: nothing to do, the run is complete", flush=True)
-        return finish(folder, config, step) if first else 0
+        return finish(folder, config, data, recommended, described) if first else 0
     pids = [int(pid) for pid in engine.sum([os.getpid() if rank == engine.rank else 0 for rank in range(world)])]
     if first:
         folder.begin(config, pids, anew=restored is None)
@@ -123,6 +128,20 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
             folder.claim(name, str(sidecar(name)))
             save_result(folder / name, trained, model, data, config, step)
 
+    def ask() -> None:
+        if sampler and logs:
+            logs.samples(sampler.ask(model, step))
+
+    # ---- before the first step
+    if step == 0:
+        held_out = data.held_out(engine.rank, world) if config.val_first else None
+        if held_out:
+            base_loss, count = validation.measure(engine, objective, held_out, config)
+            if logs:
+                logs.validation(0, config.epoch_begin, base_loss, count)
+                say(f"validation before the first step: loss {base_loss:.4f} over {count:,} trained tokens")
+        ask()
+
     # ---- steps
     saved_at = step_began = time.monotonic()
     save_requested = stopped = False
@@ -161,13 +180,17 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
                 if better:
                     save_adapter(BEST)
                 if logs:
-                    logs.validation(step, val_loss, count)
-                    note = f"the best so far, saved as {BEST}" if better else f"best {best.loss:.4f}"
+                    logs.validation(step, epoch, val_loss, count)
+                    note = f"the best so far ({BEST})" if better else f"best {best.loss:.4f}"
                     say(f"validation after step {step}: loss {val_loss:.4f} over {count:,} trained tokens, {note}")
                 if config.patience and best.since >= config.patience and not ended:
                     ended = True
                     if first:
                         say(f"no better for {best.since} validations: the run ends here")
+
+            # ---- sample
+            if ended or (config.sample_every and step % config.sample_every == 0):
+                ask()
 
             # ---- save
             epoch_ended = ended or step % per_epoch == 0
@@ -177,6 +200,9 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
                 epoch_loss = epoch_trained = 0.0
                 if ended or result_due(config, epoch):  # before the checkpoint: a full disk may still hold it
                     save_adapter(f"rwkv-{epoch}.pth")
+                    if config.keep_adapters and first:
+                        old = numbered(folder, config)[: -config.keep_adapters]
+                        folder.remove([name for pth in old for name in (pth, str(sidecar(pth)))])
             due = config.save_every_steps and step % config.save_every_steps == 0
             stopped = stop > 0 and not ended
             if stopped:
@@ -202,7 +228,7 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
             logs.close()
     if not first:  # a launcher takes another device's code for a crash
         return 0
-    return 128 + (signals.received or signal.SIGTERM) if stopped else finish(folder, config, step)
+    return 128 + (signals.received or signal.SIGTERM) if stopped else finish(folder, config, data, recommended, described)
 
 
 def gradients(engine: Engine, micro_batches: list[dict[str, Tensor]], trained: float, config: TrainConfig) -> float | Tensor:
@@ -294,16 +320,19 @@ class Signals:
             signal.signal(number, handler)
 
 
-def finish(folder: RunFolder, config: TrainConfig, step: int) -> int:
-    """At a run's end: drop what an earlier, interrupted part of it left, draw its curves, say what to do next."""
+def finish(folder: RunFolder, config: TrainConfig, data: TrainingData, recommended: float, described: str) -> int:
+    """At a run's end: drop what an earlier, interrupted part of it left, draw its curves, say how it went and what to do next."""
     folder.remove([INTERRUPTED, str(sidecar(INTERRUPTED))])
     folder.finish()
-    summary.draw(folder)
-    print(summary.next_steps(folder, config, step), flush=True)
+    course = ending.Course.of(folder, config)
+    off = ending.verdict_of(course, config, recommended)
+    commands = ending.next_commands(folder, config, data.asks, course)
+    files = [*(["loss.png"] if summary.draw(folder) else []), report.FILE]
+    report.write(folder, config, course, described, off, commands)
+    print(ending.describe(folder, config, course, off, commands, device_type(config), files), flush=True)
     return 0
 
 
 def tokens_at_once(data: TrainingData, config: TrainConfig) -> int:
     longest = data.longest_row()
     return config.micro_bsz * (min(longest, config.chunk_ctx) if config.train_type == "infctx" else longest)
-

@@ -4,6 +4,7 @@ of a step        sum of the cross entropies of the step's trained tokens / their
                  nats per token; None (in files null, in arrays NaN) where the step has no trained token
 of many steps    the same over all their trained tokens: the mean of the steps' losses, each weighted by its trained tokens.
                  An epoch's loss is that of all its steps.
+first, last      of a run of n steps: the loss of its first, and of its last `window(n)` steps
 smoothed         at step n the loss of the last `window(n)` steps: what a terminal shows and the line of a picture
 """
 
@@ -33,6 +34,12 @@ def smoothed(losses: Sequence[float | None] | np.ndarray, trained: Sequence[floa
     sums, tokens = (np.concatenate([[0.0], np.cumsum(x)]) for x in _weighted(losses, trained))
     total = tokens[last] - tokens[first]
     return np.where(total > 0, (sums[last] - sums[first]) / np.where(total > 0, total, 1), np.nan)
+
+
+def first_and_last(losses: Sequence[float | None] | np.ndarray, trained: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The loss at a run's beginning and at its end, which is the smoothed one there; NaN where none of these steps has one."""
+    n = window(len(losses))
+    return mean_loss(losses[:n], trained[:n]), mean_loss(losses[-n:], trained[-n:])
 
 
 class RunningLoss:

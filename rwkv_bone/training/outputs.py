@@ -4,7 +4,8 @@
     rwkv-best, -interrupted   the same at the lowest validation loss, and where a signal ended the run
     checkpoints/              what --resume auto continues from, see resume.py
     loss_data.jsonl, val_data.jsonl, metrics.csv: a line a step or validation;   train_log.txt: a line an epoch
-    config.json, loss.png
+    samples.jsonl             a line an answer to --sample_prompt
+    config.json, loss.png, report.html
     run_files.json            the names of all of these that a run made here, and its processes
 
 A run changes and removes only files that are named in the record, and writes a name there before it makes the file. So nothing
@@ -42,7 +43,13 @@ def planned(config: TrainConfig) -> list[str]:
     """The names that a run may write directly in its folder, its step checkpoints aside."""
     epochs = range(config.epoch_begin, config.epoch_begin + config.epoch_count)
     results = [f"rwkv-{epoch}.pth" for epoch in epochs if result_due(config, epoch)] + [BEST, INTERRUPTED]
-    return [*results, *(str(sidecar(name)) for name in results), *LOGS, "config.json", "loss.png"]
+    return [*results, *(str(sidecar(name)) for name in results), *LOGS, "samples.jsonl", "config.json", "loss.png", "report.html"]
+
+
+def numbered(folder: "RunFolder", config: TrainConfig) -> list[str]:
+    """The rwkv-N.pth of this run's epochs that are there, in order."""
+    epochs = range(config.epoch_begin, config.epoch_begin + config.epoch_count)
+    return [name for name in (f"rwkv-{epoch}.pth" for epoch in epochs) if name in folder.files and (folder / name).exists()]
 
 
 class RunFolder:

@@ -8,14 +8,14 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..errors import UserError
-from ..files.models import reads_as_folder
 from ..models import LanguageModel
 from ..peft import METHODS, adapters
 from ..peft.adapter import QuantisedWeight
-from ..terminal import counted, in_bytes, next_command
+from ..terminal import counted, fitted, in_bytes
+from . import verdict
 from .loader import TrainingData
 from .memory import estimate
-from .outputs import BEST, RunFolder
+from .outputs import RunFolder
 from .strategies import device_type
 
 
@@ -50,7 +50,9 @@ def trained_by_part(model: LanguageModel) -> dict[str, tuple[int, int]]:
     return parts
 
 
-def describe(model: LanguageModel, data: TrainingData, config: TrainConfig, world: int, multiplied_by: str = "") -> str:
+def describe(
+    model: LanguageModel, data: TrainingData, config: TrainConfig, world: int, recommended: float, multiplied_by: str = ""
+) -> str:
     """All that a person wants to know before the first step. `multiplied_by`: the library of float32 products."""
     quantised = [math.prod(m.shape) for m in model.modules() if isinstance(m, QuantisedWeight)]
     total = sum(p.numel() for p in model.parameters()) + sum(quantised)
@@ -65,6 +67,9 @@ def describe(model: LanguageModel, data: TrainingData, config: TrainConfig, worl
     lines += [
         f"model      {config.load_model or 'new'}: {model.describe()}, {total - added:,} parameters",
         *(f"data       {line}" for line in data.describe(world)),
+    ]
+    above = [*map(fitted, lines), *(f"data       {line}" for line in (data.first_document() if config.dry_run else []))]
+    lines = [
         f"steps      {steps * config.epoch_count:,} = {counted(config.epoch_count, 'epoch')} of {steps:,}; a step takes "
         f"{counted(config.micro_bsz, 'sample')} x {counted(config.accumulate_grad_batches, 'micro batch', 'es')} x "
         f"{counted(world, 'device')}",
@@ -80,7 +85,11 @@ def describe(model: LanguageModel, data: TrainingData, config: TrainConfig, worl
     schedule = f"{config.lr_schedule}, {config.lr_init:g} to {config.lr_final:g}"
     if config.lr_init == config.lr_final:
         schedule = f"{config.lr_init:g}, constant"
-    lines.append(f"rate       {schedule}, {counted(config.warmup_steps, 'warm-up step')}")
+    why = f"; recommended for {config.peft if config.peft != 'none' else 'this'}, --lr_init sets another"
+    warm_up = counted(config.warmup_steps, "warm-up step")
+    lines.append(f"rate       {schedule}, {warm_up}{why * config.lr_recommended}")
+    if warning := verdict.before(config, steps, len(data.samples), world, recommended):
+        lines.append(f"           {warning}")
     engine = config.strategy if config.strategy != "auto" else "ddp" if world > 1 else "one process"
     kernels = [model.kernels(device, base_dtype(config))]
     kernels += [METHODS[config.peft].kernels(device, base_dtype(config))] if config.peft != "none" else []
@@ -97,7 +106,7 @@ def describe(model: LanguageModel, data: TrainingData, config: TrainConfig, worl
     earlier = f" and before it one every {often}" if config.epoch_save < config.epoch_count else ""
     lines.append(f"files      {Path(config.proj_dir) / f'rwkv-{last}.pth'}{earlier}; "
                  f"checkpoints, train_log.txt, loss_data.jsonl and metrics.csv beside it")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*above, *map(fitted, lines)])
 
 
 def parameters_of(layer: nn.Module) -> int:
@@ -109,30 +118,8 @@ def options_text(config: TrainConfig) -> str:
     return ", ".join(f"{k}={v}" for k, v in vars(layer.config_from(config.peft_options, config.peft)).items())
 
 
-def next_steps(folder: RunFolder, config: TrainConfig, step: int) -> str:
-    """At a run's end: the file to take, and what to do with it."""
-    numbered = [name for name in folder.files if name.startswith("rwkv-") and name[5:-4].isdigit() and name.endswith(".pth")]
-    last = max(numbered, key=lambda name: int(name[5:-4]), default=None)
-    best = (folder / BEST).exists()
-    saved = [f"saved {folder / last}"] if last else []
-    saved += [f"{folder / BEST} is the best by validation"] if best else []
-    line = f"done       after step {step:,}" + "".join(f"; {text}" for text in saved)
-    take = folder / BEST if best else folder / last if last else None
-    if take is None:
-        return line
-    read_by = {"tokenizer": config.tokenizer, "vocab_file": config.vocab_file, "template": config.template}
-    read_by |= {"encoding": config.encoding if config.encoding != "utf-8" else ""}
-    of_folder = reads_as_folder(config.load_model)
-    if config.peft == "none" and config.train_type != "state" and not of_folder:
-        command = next_command("generate", model=take, prompt="...", **read_by)
-    else:
-        output = "tuned" if of_folder else "tuned.pth"
-        command = next_command("merge", base_model=config.load_model, peft_checkpoint=take, output=output, quant=config.quant)
-    return f"{line}\nnext       {command}"
-
-
-def draw(folder: RunFolder) -> None:
-    """The run's curves as a picture beside its logs; where that cannot be, a line that says why."""
+def draw(folder: RunFolder) -> bool:
+    """The run's curves as a picture beside its logs; where that cannot be, a line that says why. Whether it is there."""
     from ..plot import plot_runs
 
     try:
@@ -140,3 +127,5 @@ def draw(folder: RunFolder) -> None:
         plot_runs([folder.path], folder / "loss.png")
     except UserError as error:
         print(f"no picture {error}", flush=True)
+        return False
+    return True

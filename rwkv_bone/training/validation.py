@@ -28,10 +28,10 @@ class Best:
 
     @classmethod
     def of_log(cls, folder: RunFolder, step: int) -> "Best":
-        """As it stood after that step."""
+        """As it stood after that step; a measure before the first step is of no adapter."""
         path = folder / "val_data.jsonl"
         lines = path.read_text().splitlines() if step and path.exists() else []
-        return cls([measure["loss"] for measure in map(json.loads, lines) if measure["step"] <= step])
+        return cls([measure["loss"] for measure in map(json.loads, lines) if 0 < measure["step"] <= step])
 
     def note(self, loss: float) -> bool:
         """Whether that is the lowest loss so far."""
