@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 
+from . import __version__
 from .errors import UserError, checked, hint, run
 
 COMMANDS = {
@@ -22,6 +23,9 @@ COMMANDS = {
 
 def main() -> int:
     name, *argv = checked(sys.argv[1:]) or ["--help"]
+    if name == "--version":
+        print(f"rwkv-bone {__version__}")
+        return 0
     if name in ("-h", "--help"):
         print("usage: rwkv-bone COMMAND ...\n")
         for command, (_, text) in COMMANDS.items():

@@ -13,6 +13,7 @@ SIZES = {"vocab_size": 8, "n_layer": 2, "n_embd": 64, "head_size": 32}
 
 # Files outside models/ that may name a version's parameters, and why.
 NAMES_ALLOWED = {
+    "files/known.py": "names of releases, such as RWKV-x060-World-1B6-v2.1",
     "interop/rwkv_peft.py": "reads files of RWKV-PEFT, whose names are fixed",
 }
 # Components of names that are words of their own (g1: a chat template and the releases it is for), or parts named in flags.

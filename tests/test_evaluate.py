@@ -317,6 +317,12 @@ def gsm8k(tmp_path):
     return path
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Results go where the user stands."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def model_file(make_model, tmp_path):
     save_tensors(tmp_path / "m.pth", make_model(vocab_size=257, dtype=torch.float32).state_dict())
@@ -403,9 +409,11 @@ def test_results_of_other_settings_are_not_mixed(gsm8k, model_file, pupil, tmp_p
         evaluate(*common)
 
 
-def test_results_lie_beside_the_model_unless_told_otherwise(gsm8k, model_file, pupil, capsys):
+def test_results_lie_where_the_user_stands_unless_told_otherwise(gsm8k, model_file, pupil, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     evaluate("gsm8k", "--model", model_file, "--data", gsm8k)
-    assert len(rows(model_file.with_name("m.gsm8k-test.jsonl"))) == 10
+    assert len(rows(tmp_path / "elsewhere" / "m.gsm8k-test.jsonl")) == 10
 
 
 def test_math_is_judged_by_its_grader_and_by_subject(model_file, monkeypatch, tmp_path, capsys):

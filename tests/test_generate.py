@@ -410,10 +410,11 @@ def test_an_adapter_is_merged_before_sampling(model_file, float_model, tmp_path,
 
 
 @pytest.mark.parametrize("known, flags, warned", [
-    ({"kind": "byte", "encoding": "utf-16-le"}, [], "was not trained with bytes of utf-8; give --encoding utf-16-le"),
+    ({"kind": "byte", "encoding": "utf-16-le"}, ["--encoding", "utf-8"], "with bytes of utf-8; give --encoding utf-16-le"),
     ({"kind": "byte", "encoding": "utf-16-le"}, ["--encoding", "utf-16-le"], ""),
+    ({"kind": "byte", "encoding": "utf-16-le"}, [], ""),  # taken from the record
     ({"kind": "byte", "encoding": "utf-8"}, [], ""),
-    ({"kind": "world", "encoding": "utf-8"}, [], "give --tokenizer world"),
+    ({"kind": "world", "encoding": "utf-8"}, ["--tokenizer", "byte"], "give --tokenizer world"),
     ({"kind": "world", "encoding": "utf-8"}, ["--encoding", "utf-16-le"], "give --tokenizer world --encoding utf-8"),
     ({"kind": "tokenizer.json", "encoding": "utf-8"}, [], "give --tokenizer PATH/tokenizer.json"),
     (None, [], ""),  # an older adapter's record
@@ -436,14 +437,17 @@ def test_a_tokenizer_other_than_the_adapters_is_warned_of_with_the_flag(known, f
 
 
 def test_chat_answers_each_line_and_new_forgets(model_file, float_model, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nGo on\n/new\n\nHi\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nGo on\n/new\n\nHi\n/help\n/system Be brief.\nHi\n/what\n/exit\nHi\n"))
     main(["--model", model_file, "--chat", "--max_tokens", "6", "--temperature", "0"])
     conversation = Conversation(float_model, BYTES)
     first, second = (conversation.ask(message, Sampling(0), 6) for message in ("Hi", "Go on"))
     out = capsys.readouterr().out
+    brief = Conversation(float_model, BYTES, system="Be brief.").ask("Hi", Sampling(0), 6)
     replies = [part.split("\n\nUser: ")[0].rstrip() for part in out.split("\nAssistant:")[1:]]
-    assert replies == [first, second, first]
-    assert [part.splitlines()[0] for part in out.split("User: ")[1:]] == ["Hi", "Go on", "/new", "", "Hi", ""]
+    assert replies == [first, second, first, brief]
+    said = [part.splitlines()[0] for part in out.split("User: ")[1:]]
+    assert said == ["Hi", "Go on", "/new", "", "Hi", "/help", "/system Be brief.", "Hi", "/what", "/exit"]
+    assert out.count("/reset forgets") == 2 and "no command /what" in out
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,13 @@ def test_too_few_steps_are_told_with_what_to_try(given, samples, said):
         assert before(advised, -(-samples // advised.micro_bsz), samples, 1, 1e-3) == ""
 
 
+def test_steps_beyond_the_data_and_much_that_is_cut_are_told(world):
+    said = " ".join(train(world, "--epoch_steps", 500, "--ctx_len", 8, "--dry_run", 1, name="dry").split())
+    assert "--epoch_steps 500 is more than the data hold: an epoch has 6 steps; for more, --epoch_count" in said
+    assert "of the tokens are cut off: --ctx_len " in said and not (world / "dry").exists()
+    assert "cut off" not in train(world, "--ctx_len", 64, "--dry_run", 1, name="dry")
+
+
 # ---------------------------------------------------------------- while it goes on
 
 

@@ -148,16 +148,21 @@ def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number,
     assert not list(folder.glob("rwkv-interrupted*"))  # rwkv-0.pth is later
 
 
-def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_echo_of_the_first(monkeypatch, capsys):
+@pytest.mark.parametrize(("launcher", "echo"), [(None, 0.1), ("LOCAL_RANK", 1)])
+def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_echo_of_the_first(launcher, echo, monkeypatch, capsys):
     now = [100.0]
+    for name in loop.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "0")
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
     signals = loop.Signals()
     try:
-        for later in (0, 1):
+        for later in (0, echo):
             now[0] += later
             signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT and "saving" in capsys.readouterr().out
-        now[0] += 2
+        now[0] += 1.5 * echo + 0.1
         with pytest.raises(SystemExit) as ended:
             signal.raise_signal(signal.SIGINT)
     finally:

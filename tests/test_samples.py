@@ -265,6 +265,7 @@ def test_the_summary_for_people():
         "fields not read: source",
         "2 samples (--dataload pad), 1 batches a device, padding 48.4%, cut 25 tokens of 1 documents (26.6%)",
         "64 tokens trained, 97.0% of the 66 read",
+        "warning: 27% of the tokens are cut off: --ctx_len 90 takes the longest whole, --dataload chunk cuts none",
         "1 samples hold no trained token (their answers lie beyond --ctx_len?)",
     ]
 

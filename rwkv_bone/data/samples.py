@@ -283,6 +283,9 @@ class Summary:
             f"padding {self.padding:.1%}, cut {self.cut:,} tokens{of} ({self.cut / max(self.tokens, 1):.1%})",
             f"{self.trained:,} tokens trained, {self.trained / self.inputs:.1%} of the {self.inputs:,} read",
         ]
+        if self.cut > 0.05 * self.tokens:
+            cure = f"--ctx_len {self.longest} takes the longest whole" + ", --dataload chunk cuts none" * (self.dataload == "pad")
+            lines.append(f"warning: {self.cut / self.tokens:.0%} of the tokens are cut off: {cure}")
         if self.untrained_samples:
             why = "their answers lie beyond --ctx_len" if self.dataload in ("pad", "only") else "pieces of questions alone"
             lines.append(f"{self.untrained_samples:,} samples hold no trained token ({why}?)")

@@ -35,7 +35,7 @@ class Tokenizer:
     stops: frozenset[int] = frozenset()  # single tokens at which an answer ends too
 
     def identity(self) -> dict[str, str]:
-        """What an adapter's record keeps of the tokenizer that read its text."""
+        """What the record of an adapter or a model keeps of the tokenizer that read its text: `recorded` finds it again."""
         return {"kind": self.kind, "encoding": self.encoding}
 
     def vocabulary(self) -> list[bytes | None]:
@@ -145,6 +145,10 @@ class WorldTokenizer(Tokenizer):
     def __str__(self) -> str:
         return "World" if self._rust else f"World's kind, with the vocabulary {self.vocab_file}"
 
+    def identity(self) -> dict[str, str]:
+        own = {} if self._rust else {"file": self.vocab_file, "sha256": file_digest(self.vocab_file)}
+        return super().identity() | own
+
     def vocabulary(self) -> list[bytes | None]:
         return [self._entries.get(token) for token in range(1, self.vocab_size)]
 
@@ -203,6 +207,10 @@ class TokenizersTokenizer(Tokenizer):
         self.vocab_size = vocab_size
         if own is not None:
             self._take_ends(own)
+
+    def identity(self) -> dict[str, str]:
+        named = {"file": self.path, "sha256": file_digest(self.path)} if self.own is None and self.path == self.source else {}
+        return super().identity() | named
 
     def _take_ends(self, own) -> None:
         end = self._backend.token_to_id(own.tokens.get("eos_token", ""))
@@ -287,6 +295,28 @@ def open_tokenizer(
     if not os.path.isfile(spec):
         raise UserError(f"--tokenizer {spec}: no such file; give auto, byte, world or a path to a tokenizer.json")
     return TokenizersTokenizer(spec, vocab_size, own)
+
+
+def recorded(identity: Any, beside: Sequence[str] = ()) -> dict[str, str]:
+    """The arguments `spec`, `vocab_file`, `encoding` of `open_tokenizer` for a record; {} where it says nothing that is known.
+
+    beside: paths in whose folders the tokenizer's file is looked for, after the place where it was. UserError if it is gone.
+    """
+    if not (isinstance(identity, dict) and identity.get("kind") in KINDS and identity.get("encoding") in ENCODINGS):
+        return {}
+    kind, name, digest = identity["kind"], identity.get("file"), identity.get("sha256")
+    if not isinstance(name, str):
+        return {} if kind == "tokenizer.json" else {"spec": kind, "encoding": identity["encoding"]}
+    for path in (name, *(os.path.join(os.path.dirname(other), os.path.basename(name)) for other in beside)):
+        if os.path.isfile(path) and file_digest(path) == digest:
+            return {"spec": path} if kind == "tokenizer.json" else {"spec": kind, "vocab_file": path}
+    flag = "--tokenizer" if kind == "tokenizer.json" else "--vocab_file"
+    raise UserError(f"{name}, the tokenizer of the training, is not here, or is another file; give {flag} PATH")
+
+
+def file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _check_top(top: int, vocab_size: int, path: str) -> None:

@@ -70,7 +70,7 @@ def add_data_flags(parser: argparse.ArgumentParser, text: str) -> argparse._Argu
     group.add_argument("--data", "--data_file", required=True, nargs="+", help=text)
     group.add_argument("--fields", default="", metavar="question=problem,...", help="names of the fields in the file")
     group.add_argument("--template", default="", metavar="world|g1|FILE", help="chat template (default: the one of training)")
-    text = "results, a line an item; an interrupted evaluation goes on from there (default: beside the model)"
+    text = "results, a line an item; an interrupted evaluation goes on from there (default: here, named after model and data)"
     group.add_argument("--out", default="", metavar="F.jsonl", help=text)
     group.add_argument("--overwrite", action="store_true", help="forget the results in --out")
     return group
@@ -80,8 +80,9 @@ def open_results(args: argparse.Namespace, model: LanguageModel, settings: dict[
     """The results of this very evaluation: the same model, data and settings."""
     path = args.out
     if not path:
-        of = Path(args.peft_checkpoint or args.model)
-        path = of.with_name(f"{of.stem}.{args.task}-{Path(args.data[0]).name.split('.')[0]}.jsonl")
+        of = Path(args.peft_checkpoint or args.model).absolute()
+        name = f"{of.parent.name}-{of.stem}" if args.peft_checkpoint else of.stem  # rwkv-0.pth is in every run's folder
+        path = f"{name}.{args.task}-{Path(args.data[0]).name.split('.')[0]}.jsonl"
     same = {
         "task": args.task,
         "model": model.fingerprint[:16],

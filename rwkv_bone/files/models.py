@@ -1,7 +1,9 @@
 """Base models: opened strictly, placed on their device, told apart by a fingerprint."""
 
 import hashlib
+import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..errors import UserError
 from ..interop.web_rwkv import from_web
 from ..models import MODELS, USUAL, Execution, LanguageModel, recognise
 from .folder import Folder, as_folder, is_folder, open_folder, own_text
 from .pth import FLOATS, check_file, open_tensors
 from .safetensors import is_safetensors
+
+ABOUT = "rwkv_bone_model.json"  # a record in a model's .pth, which torch.load passes over
 
 
 class Opened(NamedTuple):
@@ -98,6 +103,23 @@ def load_model(
     if opened.folder is not None:
         model.text = own_text(opened.folder)
     return model.to(device)  # what no file holds: a model's constants
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What a model's .pth that we wrote says of itself: the `tokenizer` and `template` of its training. {} for others' files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.rpartition("/")[2] == ABOUT]
+            about = json.loads(archive.read(names[0])) if names else {}
+    except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def about_record(info: Mapping[str, Any]) -> dict[str, bytes]:
+    """The record that `read_about` reads, for `write_pth`, of what an adapter or a model says of itself."""
+    about = {key: info[key] for key in ("tokenizer", "template") if key in info}
+    return {ABOUT: json.dumps({"rwkv_bone": __version__, **about}, indent=1).encode()} if about else {}
 
 
 def identity(path: str | Path, model: LanguageModel) -> dict[str, Any]:

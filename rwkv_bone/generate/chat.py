@@ -9,6 +9,9 @@ from ..data.tokenizer import Tokenizer
 from ..models import LanguageModel, State
 from .sampling import DEFAULT, Sampling, generate, read
 
+HELP = """/reset forgets the conversation, /system TEXT begins another with this system message,
+/exit or Ctrl-D ends the chat, Ctrl-C ends a reply, /help shows this."""
+
 
 class Conversation:
     """A chat that remembers: the state after all that was said, and the tokens not yet read into it."""
@@ -60,7 +63,7 @@ def chat(
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (lines can be edited and recalled)
-        print("/new forgets the conversation, Ctrl-C ends a reply, Ctrl-D ends the chat.\n")
+        print(f"{HELP}\n")
     conversation = Conversation(model, tokenizer, template, system)
     while True:
         try:
@@ -70,8 +73,14 @@ def chat(
             return
         if not sys.stdin.isatty():  # from a pipe: no terminal has shown it
             print(message)
-        if message == "/new":
+        word, _, rest = message.partition(" ")
+        if word in ("/exit", "/quit"):
+            return
+        if word in ("/reset", "/new", "/system"):
+            system = rest.strip() if word == "/system" else system
             conversation = Conversation(model, tokenizer, template, system)
+        elif message.startswith("/"):
+            print(HELP if word == "/help" else f"no command {word}\n{HELP}")
         elif message:
             print("\nAssistant:", end="", flush=True)
             conversation.ask(message, sampling, max_tokens, seed, on_text=lambda piece: print(piece, end="", flush=True))

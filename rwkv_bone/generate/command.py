@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any
 import torch
 
 from ..data.templates import Template
-from ..data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer
+from ..data.tokenizer import ENCODINGS, KINDS, Tokenizer, open_tokenizer, recorded
 from ..errors import Parser, UserError
-from ..files.adapters import load_adapter
+from ..files.adapters import load_adapter, read_info
 from ..files.atomic import atomic
-from ..files.models import load_model
+from ..files.models import load_model, read_about
 from ..interop.rwkv_peft import Foreign
 from ..models import Execution, LanguageModel
 from ..ops.wkv6 import OPS
@@ -41,9 +43,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 on a GPU, fp32 on the CPU")
     group.add_argument("--op", default="auto", choices=OPS, help="kernel of the recurrence; torch needs no compiler")
-    group.add_argument("--tokenizer", default="auto", help="auto (by vocabulary size), byte, world, or a tokenizer.json")
+    text = "byte, world, or a tokenizer.json; auto: that of the training, or by vocabulary size"
+    group.add_argument("--tokenizer", default="auto", help=text)
     group.add_argument("--vocab_file", default="", help="World vocabulary file, where no installed package has it")
-    group.add_argument("--encoding", default="utf-8", choices=("utf-8", "utf-16-le"), help="of the byte tokenizer")
+    group.add_argument("--encoding", default="", choices=("utf-8", "utf-16-le"), help="of the byte tokenizer")
 
 
 def open_model(args: argparse.Namespace) -> LanguageModel:
@@ -52,26 +55,40 @@ def open_model(args: argparse.Namespace) -> LanguageModel:
     if args.op in ("cpu", "cuda", "fla") and ("cuda" if args.op == "fla" else args.op) != device.type:
         raise UserError(f"--op {args.op} does not run on --device {device}; leave it out")
     dtype = DTYPES.get(args.dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    refuse_adapter(args.model)
     model = load_model(args.model, dtype, device, Execution(args.op))
+    about = read_about(args.model)
     told = args.lora_alpha is not None or args.lora_init
-    args.trained_with = args.trained_template = None
     if args.peft_checkpoint:
         info = load_adapter(model, args.peft_checkpoint, foreign=Foreign(args.lora_alpha, args.lora_init))
         if told and "foreign" not in info:
             raise UserError(f"{args.peft_checkpoint}: says all of itself; leave --lora_alpha and --lora_init out")
-        args.trained_with, args.trained_template = info.get("tokenizer"), info.get("template")
+        about |= info
         merge(model)
     elif told:
         raise UserError("--lora_alpha and --lora_init belong to a --peft_checkpoint")
+    args.trained_with, args.trained_template = about.get("tokenizer"), about.get("template")
     model.requires_grad_(False).eval()
     return model
 
 
+def refuse_adapter(path: str) -> None:
+    """UserError where a model is wanted and an adapter of this program is given."""
+    if os.path.isfile(path) and zipfile.is_zipfile(path) and read_info(path) is not None:
+        raise UserError(f"--model {path} is an adapter, not a model; give its base as --model and this as --peft_checkpoint")
+
+
 def tokenizer_of(args: argparse.Namespace, model: LanguageModel) -> Tokenizer:
-    """The tokenizer that the flags of an opened model ask for; a warning if its adapter learned from another's tokens."""
+    """The tokenizer that the flags ask for, else that of the model's training; a warning where the flags contradict it."""
+    if args.tokenizer == "auto" and not (args.vocab_file or args.encoding or model.text):
+        found = recorded(args.trained_with, [args.peft_checkpoint, args.model])
+        args.tokenizer, args.vocab_file = found.get("spec", "auto"), found.get("vocab_file", "")
+        args.encoding = found.get("encoding", "")
+    args.encoding = args.encoding or "utf-8"
     tokenizer = open_tokenizer(args.tokenizer, model.sizes.vocab_size, args.vocab_file or None, args.encoding, model.text)
     if cure := other_tokenizer(args.trained_with, tokenizer):
-        print(f"warning: {args.peft_checkpoint} was not trained with {tokenizer}; give {cure}", file=sys.stderr, flush=True)
+        trained = args.peft_checkpoint or args.model
+        print(f"warning: {trained} was not trained with {tokenizer}; give {cure}", file=sys.stderr, flush=True)
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..files.adapters import save_adapter
 from ..files.atomic import atomic
 from ..files.folder import write_folder
-from ..files.models import identity
+from ..files.models import about_record, identity, read_about
 from ..files.pth import Layout, write_pth
 from ..files.safetensors import write_safetensors
 from ..interop import gguf, web_rwkv
@@ -45,9 +45,12 @@ def gguf_plan(job: Merge, type: str) -> gguf.Plan:
 
 
 def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Tensors under the names of a .pth, as one of `FORMATS`."""
+    """Tensors under the names of a .pth, as one of `FORMATS`. A .pth keeps what tokenizer and template it was trained with."""
     if format == "pth":
-        write_pth(path, layout, tensors)
+        about = read_about(job.base_path)
+        for adapter in job.adapters:
+            about |= adapter.info
+        write_pth(path, layout, tensors, about_record(about))
         return
     web = web_names(job)
     theirs = {web_rwkv.web_name(web, n): (dtype, web_rwkv.web_shape(web, n, shape)) for n, (dtype, shape) in layout.items()}
@@ -82,7 +85,7 @@ def write_lora(job: Merge, output: Path, rank: int) -> str:
     tensors, rank, sizes = as_lora(adapter, job.base, rank, job.options.device)
     base = identity(job.base_path, job.model)
     info = {"method": "lora", "options": {"r": rank, "alpha": float(rank)}, "base": base, "made_from": adapter.path.name}
-    info |= {key: adapter.info[key] for key in ("tokenizer", "quant") if key in adapter.info}
+    info |= {key: adapter.info[key] for key in ("tokenizer", "template", "quant") if key in adapter.info}
     save_adapter(output, tensors, info)
     parts: dict[str, list[float]] = {}
     for name, (update, missing) in sizes.items():

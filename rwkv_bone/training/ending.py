@@ -142,9 +142,7 @@ def next_commands(folder: RunFolder, config: TrainConfig, asks: bool, course: Co
     how: dict[str, object] = {"instruct": asks, "prompt": prompts[0]} if prompts else {"chat": True}
     if not prompts and not asks:
         how = {"prompt": "The"}
-    read_by = {"tokenizer": config.tokenizer, "vocab_file": config.vocab_file, "template": config.template}
-    read_by |= {"encoding": config.encoding if config.encoding != "utf-8" else ""}
-    commands.append(next_command("generate", model=take, **read_by, **how))
+    commands.append(next_command("generate", model=take, **how))
     return commands
 
 

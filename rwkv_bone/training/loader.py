@@ -15,6 +15,7 @@ from ..data.templates import Template
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..errors import UserError
 from ..models import LanguageModel
+from ..terminal import counted
 from .show import show_document
 
 Micro = dict[str, Tensor]
@@ -236,6 +237,9 @@ class TrainingData:
             lines += summary_of(self.samples, self.epochs(0, world).sampler, self.round_to).lines()
         if self.tokenizer is not None and self.read_text:
             lines.append(f"tokenizer: {self.tokenizer}")
+        if self.config.epoch_steps > (steps := self.steps_per_epoch(world)):
+            asked = f"--epoch_steps {self.config.epoch_steps}"
+            lines.append(f"{asked} is more than the data hold: an epoch has {counted(steps, 'step')}; for more, --epoch_count")
         if unseen := self.unseen(world):
             lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends before {unseen:,} samples were seen")
         return lines + self.lines

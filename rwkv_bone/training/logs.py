@@ -188,7 +188,11 @@ def other_loggers(config: TrainConfig, folder: RunFolder) -> list[Callable[[dict
 
                 loggers.append(partial(add_scalars, SummaryWriter(str(folder / "tensorboard"))))
         except ImportError:  # the community's scripts pass --wandb: no reason not to train
-            print(f"warning: --{name}: the package {name} is missing (pip install {name}); logging goes on without", flush=True)
+            say(f"warning: --{name}: the package {name} is missing (pip install {name}); logging goes on without")
+        except Exception as error:  # wandb without login or network raises errors of its own; a folder called wandb has no init
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            cure = " (WANDB_MODE=offline needs no network)" if name == "wandb" else ""
+            say(f"warning: --{name}: {why}; logging goes on without{cure}")
     return loggers
 
 

@@ -29,7 +29,9 @@ from .samples import Sampler
 from .schedule import learning_rate
 from .strategies import Engine, device_type, lost_device
 
-ECHO_SECONDS = 2.0  # within which a second signal is the first one's echo: of a key, or of a launcher that passes it on
+ECHO_SECONDS = 0.2  # within which a second signal is the first one's echo
+LAUNCHER_SECONDS = 2.0  # the same under a launcher, which passes a signal on that the key has sent already
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "LOCAL_RANK")  # in the environment of their processes
 # SIGUSR1: what a SLURM job asks to be sent before its time is up
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
@@ -304,6 +306,7 @@ class Signals:
 
     def __init__(self):
         self.received, self.at = 0, 0.0
+        self.echo = LAUNCHER_SECONDS if any(name in os.environ for name in LAUNCHERS) else ECHO_SECONDS
         ignored = [s for s in STOP if signal.getsignal(s) is signal.SIG_IGN]  # nohup
         self.handlers = {s: signal.signal(s, self.handle) for s in STOP if s not in ignored}
 
@@ -311,7 +314,7 @@ class Signals:
         if not self.received:
             self.received, self.at = number, time.monotonic()
             print(f"\n{signal.Signals(number).name}: saving after this step (a second one ends it without)", flush=True)
-        elif time.monotonic() - self.at > ECHO_SECONDS:
+        elif time.monotonic() - self.at > self.echo:
             print("ended without saving; --resume auto continues from the last checkpoint", flush=True)
             raise SystemExit(128 + number)
 

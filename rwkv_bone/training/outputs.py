@@ -25,7 +25,8 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..errors import UserError
 from ..files.adapters import save_adapter, sidecar
-from ..files.pth import save_tensors
+from ..files.models import about_record
+from ..files.pth import layout_of, write_pth
 from ..models import LanguageModel
 
 RECORD = "run_files.json"
@@ -154,6 +155,7 @@ def inputs_of(config: TrainConfig) -> list[str]:
 
 def adapter_info(model: LanguageModel, data: Any, config: TrainConfig, step: int) -> dict[str, Any]:
     """The sidecar: everything that the adapter's tensors do not say."""
+    known = data.tokenizer and (data.read_text or config.tokenizer != "auto")
     return {
         "method": config.peft,
         "options": config.peft_options,
@@ -167,7 +169,7 @@ def adapter_info(model: LanguageModel, data: Any, config: TrainConfig, step: int
             "sizes": dataclasses.asdict(model.sizes),
         },
         **({"quant": config.quant} if config.quant != "none" else {}),
-        **({"tokenizer": data.tokenizer.identity()} if data.tokenizer and data.read_text else {}),
+        **({"tokenizer": data.tokenizer.identity()} if known else {}),
         **({"template": data.template.identity()} if data.template else {}),
     }
 
@@ -180,6 +182,7 @@ def save_result(
     A model that its tensors alone do not tell is saved as an adapter that changes all of the base.
     """
     if config.peft == "none" and config.train_type != "state" and type(model).recognises(trained):
-        save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in trained.items()})
+        tensors = {name: tensor.to(model.file_dtype) for name, tensor in trained.items()}
+        write_pth(path, layout_of(tensors), tensors.items(), about_record(adapter_info(model, data, config, step)))
     else:
         save_adapter(path, trained, adapter_info(model, data, config, step))

@@ -7,7 +7,7 @@ from ..config import TrainConfig
 from ..models import LanguageModel
 from .schedule import learning_rate
 
-ENOUGH = 40  # steps at the recommended rate; of fewer, or of as little in sum, a loss shows hardly anything
+ENOUGH = 20  # steps at the recommended rate: tiny-rwkv7-gsm8k's held-out loss falls by 8% in 8 of them, by 18% in 14
 WANTED = 80  # steps to suggest instead
 MOST_EPOCHS = 10  # to suggest; smaller batches before more
 TOO_FAST = 20  # times the recommended rate
