@@ -36,7 +36,7 @@ PROMPT = [1, 2, 3, 5, 8, 13, 21, 34]
 def ours(path: str, batch: int, dtype: torch.dtype) -> Callable[[int], list[int]]:
     from rwkv_bone.generate import read, step
 
-    model = load_model(path, dtype)
+    model = load_model(path, dtype).for_sampling()
 
     def sample(count: int) -> list[int]:
         logits, state = read(model, [PROMPT] * batch)

@@ -36,6 +36,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_for_sampling_computes_the_same_from_the_same_tensors(method, version, make_model):
+    model = make_model(version=version, dtype=torch.float32)
+    inject(model, METHODS[method], METHODS[method].config_from({"r": 4}, method))
+    quick, idx = model.for_sampling(), torch.arange(24).view(2, 12)
+    assert quick is not model and torch.equal(quick(idx)[0], model(idx)[0])
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert torch.equal(quick(idx)[0], model(idx)[0])
+    model.head.register_forward_hook(lambda *_: None)
+    assert model.for_sampling() is model
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tiny):
     return load_model(tiny, torch.float32).requires_grad_(False)
@@ -76,6 +89,9 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.script, self.heard = torch.tensor([0] * heard + script), heard
         self.sizes, self.device = SimpleNamespace(vocab_size=vocab_size), torch.device("cpu")
+
+    def for_sampling(self):
+        return self
 
     def hidden(self, idx, state=None):
         at = state[0].wkv if state else torch.zeros(len(idx), dtype=torch.int64)

