@@ -338,6 +338,7 @@ def pupil(monkeypatch):
         for index, prompt in sorted(enumerate(prompts), key=lambda item: -item[0]):
             if len(state.asked) == state.tired_after:
                 raise KeyboardInterrupt
+            prompt = tokenizer.decode(prompt)
             state.asked.append(prompt)
             i = int(re.search(r"\d", prompt)[0])
             text = f" It is\n#### {i}" if i < 5 else f" {i} + 1" if i < 7 else " Well" if i == 7 else " 1, 2, 3, 4"

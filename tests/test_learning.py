@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -186,6 +187,16 @@ def test_an_adapter_that_the_run_began_with_is_kept(world):
     more = ("--peft_checkpoint", world / "stages/rwkv-0.pth", "--epoch_begin", 1, "--epoch_count", 3, "--epoch_steps", 1)
     train(world, *more, "--keep_adapters", 1, "--overwrite", 1, name="stages")
     assert {path.name for path in (world / "stages").glob("rwkv-*.pth")} == {"rwkv-0.pth", "rwkv-3.pth"}
+
+
+@pytest.mark.parametrize("broken", ["no login", "a folder of that name"])
+def test_without_wandb_training_goes_on_after_a_line(world, broken, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty).\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(**({"init": init} if broken == "no login" else {})))
+    said = train(world, "--wandb", "mine", "--epoch_steps", 1, name=broken)
+    assert said.count("warning: --wandb: ") == 1 and "logging goes on without" in said and "done " in said
 
 
 # ---------------------------------------------------------------- at the end

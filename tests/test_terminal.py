@@ -43,3 +43,11 @@ def test_the_next_command_holds_what_the_model_needs(monkeypatch):
     assert (args.tokenizer, args.vocab_file, args.chat) == ("my tokenizer.json", "", True)
     assert "--vocab_file" not in text and text.startswith("rwkv-bone generate")
     assert next_command("generate", model="m", prompt=None, tokenizer="auto") == "rwkv-bone generate --model m"
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    import rwkv_bone
+    from rwkv_bone.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["rwkv-bone", "--version"])
+    assert main() == 0 and capsys.readouterr().out == f"rwkv-bone {rwkv_bone.__version__}\n"

@@ -48,10 +48,12 @@ class Sampler:
     @torch.no_grad()
     def ask(self, model: LanguageModel, step: int) -> list[Sample]:
         """The model's answers. It is left in training mode."""
-        texts = list(self.prompts)
+        texts: list[str | list[int]] = list(self.prompts)
         stops: tuple[str, ...] = ()
         if self.template is not None:
-            texts = [self.template.prompt([{"role": "user", "content": prompt}]) for prompt in self.prompts]
+            asked = [self.template.prompt([{"role": "user", "content": prompt}]) for prompt in self.prompts]
+            # one that is whole has written the beginning of the document
+            texts = [self.tokenizer.encode(text) for text in asked] if self.template.whole else list(asked)
             stops = self.template.stops
         model.eval()
         try:
