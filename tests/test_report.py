@@ -73,6 +73,11 @@ def test_the_curve_is_seen_and_the_script_shows_the_value_under_the_pointer(page
         assert (np.abs(pixels - np.array(colour) / 255).max(-1) < 0.1).sum() > least
 
 
+def test_held_out_losses_lie_within_the_picture_from_before_the_first_step_on(page):
+    places = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="(\S+)" cy="(\S+)"', page)]
+    assert len(places) == 3 and all(64 <= x <= 890 and 22 <= y <= 286 for x, y in places)
+
+
 def test_a_script_that_fails_would_be_noticed(page, browser, tmp_path):
     _, errors = browse(page.replace("</body>", "<script>nothing.at.all()</script></body>"), tmp_path, "--dump-dom")
     assert "ReferenceError" in errors

@@ -328,6 +328,8 @@ def finish(folder: RunFolder, config: TrainConfig, data: TrainingData, recommend
     folder.remove([INTERRUPTED, str(sidecar(INTERRUPTED))])
     folder.finish()
     course = ending.Course.of(folder, config)
+    if not course.steps:  # somebody has removed the logs of a run that was complete
+        return 0
     off = ending.verdict_of(course, config, recommended)
     commands = ending.next_commands(folder, config, data.asks, course)
     files = [*(["loss.png"] if summary.draw(folder) else []), report.FILE]

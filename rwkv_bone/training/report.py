@@ -21,7 +21,7 @@ from .outputs import RunFolder
 
 FILE = "report.html"
 POINTS = 800  # of a curve at the most
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 320, 64, 34, 12  # of a picture, in its own units
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 320, 64, 34, 22  # of a picture, in its own units
 
 STYLE = """
 :root { color-scheme: light dark; --line: #0072b2; --held: #d55e00; --faint: #8886; --text: #222; --back: #fff; --box: #f3f4f6 }
@@ -64,7 +64,7 @@ def render(title: str, config: TrainConfig, course: Course, before: str, off: st
     line = smoothed(loss, trained)
     held_out = np.array([(h.step, h.loss) for h in course.held_out], float).reshape(-1, 2)
     some = np.unique(np.linspace(0, len(step) - 1, min(len(step), POINTS)).astype(int))
-    picture = Picture(step, np.concatenate([line, loss, held_out[:, 1]]))
+    picture = Picture(np.append(step, held_out[:, 0]), np.concatenate([line, loss, held_out[:, 1]]))
     curve = {
         "width": WIDTH,
         "height": HEIGHT - BOTTOM,
@@ -156,7 +156,7 @@ class Picture:
                         f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')  # fmt: skip
         for value in ticks(*self.x_range):
             axes.append(f'<text x="{self.x(value):.1f}" y="{self.height - 14}" text-anchor="middle">{value:g}</text>')
-        axes.append(f'<text x="{LEFT}" y="{TOP}">{escape(label)}</text>')
+        axes.append(f'<text x="{LEFT}" y="12">{escape(label)}</text>')
         axes.append(f'<text x="{WIDTH - 10}" y="{self.height - 2}" text-anchor="end">step</text>')
         title = f'role="img" aria-label="{escape(label)} over the steps"'
         return f'<svg id="{name}" viewBox="0 0 {WIDTH} {self.height}" {title}>{"".join([*axes, *parts])}</svg>'
