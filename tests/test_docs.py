@@ -2,34 +2,34 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_model
 
+from rwkv_bone.__main__ import COMMANDS as COMMANDS_OF_PROGRAM
+from rwkv_bone.__main__ import main as program_main
 from rwkv_bone.config import TrainConfig, make_parser
+from rwkv_bone.errors import run
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.peft import METHODS, inject, merge
 from rwkv_bone.training import memory
 from tests.runs import make_world
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
 
 
 def blocks(text: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
-
-
-def section(title: str) -> str:
-    return README.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 PROGRAMS = ("python", "pip", "make", "rwkv-bone", "torchrun", "srun")
@@ -67,29 +67,55 @@ def reason(command: str) -> str | None:
     return next((begin for begin in NOT_HERE if command.startswith(begin)), None)
 
 
+COMMAND_OF = {module.removesuffix(".command").removesuffix(".run"): name for name, (module, _) in COMMANDS_OF_PROGRAM.items()}
+
+
 def run_command(command: str, folder: Path) -> str:
-    """Run a command as it stands, but for this environment's python and programs; what it says.
+    """Run a command as it stands in a process that begins in a tenth of a second; what it says.
 
     "..." becomes a model and data. What needs a model of billions of parameters, or several devices, ends with --dry_run.
     """
-    words = shlex.split(command, comments=True)
-    assert words[0] == "python", command
-    if words[1] in ("train.py", "merge.py"):
-        usual = {
-            "train.py": ["--load_model", "base.pth", "--data_file", "mine.jsonl", "--r", "8"],
-            "merge.py": ["--base_model", "base.pth", "--peft_checkpoint", "out/mine/rwkv-0.pth"],
-        }[words[1]]
-        words[1:] = [word for w in words[1:] for word in (usual if w == "..." else [w])]
-        if "--devices" in words or re.search(r"\b(1B6|3B|7B).pth", command):
-            words.append("--dry_run")
-        words[1] = str(ROOT / words[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, *words[1:]],
-        cwd=folder, env=environment, input="hello\n", capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, command + result.stdout + result.stderr
-    return result.stdout
+    program, *words = shlex.split(command, comments=True)
+    if program == "python" and words[0] == "-m":
+        _, module, *words = words
+        path = ROOT / module.replace(".", "/")
+        assert (path / "__main__.py").exists() or "__main__" in path.with_suffix(".py").read_text(), module
+        words = [COMMAND_OF[module], *words]
+    elif program == "python":
+        assert words[0] in ("train.py", "merge.py"), command
+        words[0] = words[0].removesuffix(".py")
+    else:
+        assert program == "rwkv-bone", command
+    usual = {"train": ["--load_model", "base.pth", "--data_file", "mine.jsonl", "--r", "8"],
+             "merge": ["--base_model", "base.pth", "--peft_checkpoint", "out/mine/rwkv-0.pth"]}  # fmt: skip
+    words = [word for w in words for word in (usual[words[0]] if w == "..." else [w])]
+    if "--devices" in words or re.search(r"\b(1B6|3B|7B).pth", command):
+        words.append("--dry_run")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rwkv_bone.training.run", "rwkv_bone.api", "matplotlib.pyplot", "torch._dynamo"])
+    os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
+    log = folder / "said.log"
+    process = context.Process(target=body, args=(words, folder, log))
+    process.start()
+    process.join(300)
+    said = log.read_text()
+    log.unlink()
+    assert process.exitcode == 0, command + said
+    return said
+
+
+def body(argv: list[str], folder: Path, log: Path) -> None:
+    """Of the process: the program `rwkv-bone` with these words, whose input is a line."""
+    os.chdir(folder)
+    with open(log, "w") as file, tempfile.TemporaryFile() as answer:
+        answer.write(b"hello\n")
+        answer.seek(0)
+        for source, stream in ((answer, 0), (file, 1), (file, 2)):
+            os.dup2(source.fileno(), stream)
+    sys.stdin = open(0)  # noqa: SIM115 (to the end of the process)
+    sys.argv = ["rwkv-bone", *argv]
+    torch.set_num_threads(1)
+    run(program_main)
 
 
 def run_page(name: str, folder: Path) -> int:
@@ -112,27 +138,30 @@ def test_every_command_of_readme_and_docs_is_run_by_a_test():
     assert {begin for begin in NOT_HERE if not any(c.startswith(begin) for _, c in COMMANDS)} == set(), "no longer there"
 
 
+def write_small_model(path: Path) -> None:
+    model = small_model(dtype=torch.float32, version="x070", vocab_size=257, n_embd=64, dim_att=64, dim_ffn=64)
+    save_tensors(path, {name: t.bfloat16() for name, t in model.state_dict().items()})
+
+
 @pytest.mark.slow
-def test_the_commands_of_the_readme_work(tmp_path):
-    model = small_model(dtype=torch.float32, vocab_size=257, n_embd=64, dim_att=64, dim_ffn=64)
-    save_tensors(tmp_path / "base.pth", {name: t.bfloat16() for name, t in model.state_dict().items()})
+def test_the_commands_of_the_pages_for_users_work(tmp_path):
+    write_small_model(tmp_path / "base.pth")
     for size in ("1B6", "3B", "7B"):
         shutil.copy(tmp_path / "base.pth", tmp_path / f"{size}.pth")
-    rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(8)]
+    rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(16)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "What is 2 + 2?", "answer": "It is\n#### 4"}) + "\n")
     other = tmp_path / "out" / "other"  # plotted beside the README's own run
     other.mkdir(parents=True)
     (other / "loss_data.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
-    assert run_page("README.md", tmp_path) >= 18
-    assert (tmp_path / "tuned.pth").exists() and (tmp_path / "tuned.st").exists() and (tmp_path / "mine.idx").exists()
-
-
-def test_the_commands_about_data_work(tmp_path):
-    make_world(tmp_path)
-    shutil.move(tmp_path / "data.jsonl", tmp_path / "mine.jsonl")
+    assert run_page("README.md", tmp_path) >= 8
+    assert (tmp_path / "tuned.pth").exists() and (tmp_path / "tuned.st").exists()
+    (tmp_path / "tuned.st").unlink()  # the pages of docs/ make it, and mine.idx, again
     assert run_page("data.md", tmp_path) == 2
-    assert (tmp_path / "mine.idx").exists() and not (tmp_path / "out").exists()
+    for made in ("mine.bin", "mine.idx", "mine.mask.bin"):
+        (tmp_path / made).unlink()
+    assert run_page("flags.md", tmp_path) >= 6 and run_page("memory.md", tmp_path) >= 9
+    assert run_page("troubleshooting.md", tmp_path) == 1
 
 
 @pytest.mark.slow
@@ -200,12 +229,12 @@ def test_what_cannot_run_here_is_what_its_programs_take(tmp_path):
 
 
 def test_every_flag_of_train_py_has_a_row_and_every_row_is_taken():
-    tasks, community = section("What do I say for ..."), section("From RWKV-PEFT")
+    tasks, community = PAGES["flags.md"], PAGES["rwkv-peft.md"]
     parser, _ = make_parser()
     for action in parser._actions:
         (*_, flag) = action.option_strings
         shown = action.help != argparse.SUPPRESS and flag != "--help"
-        assert not shown or re.search(rf"`[^`]*{flag}\b", tasks + community), f"README has no row for {flag}"
+        assert not shown or re.search(rf"`[^`]*{flag}\b", tasks + community), f"docs/flags.md has no row for {flag}"
     (table,) = re.findall(r"^\| wish \| flags of `train.py` \|\n(.*?)\n\n", tasks, re.M | re.S)
     spans = [span for line in table.splitlines() for span in re.findall(r"`(--[^`]+)`", line)]
     usual = {"--load_model": "base.pth", "--data_file": "mine.jsonl"}
@@ -219,7 +248,7 @@ def test_the_recipes_are_rows_of_the_memory_table():
     lines = [line for line in PAGES["memory.md"].splitlines() if re.match(r"\| (model|\d)", line)]
     header, *rows = [line.strip("| ").split(" | ") for line in lines]
     computed = {(*row[:3], column): cell for row in rows for column, cell in zip(header[3:], row[3:])}
-    recipes = re.findall(r"^\| (\d+ GB) \| (.*?) \| ([\d.]+) \| `(.*)` \|$", section("Which model on which card"), re.M)
+    recipes = re.findall(r"^\| (\d+ GB) \| (.*?) \| ([\d.]+) \| `(.*)` \|$", PAGES["memory.md"], re.M)
     assert sorted({int(card.split()[0]) for card, *_ in recipes}) == [8, 12, 16, 24, 48, 80] and len(recipes) == 9
     sizes = {"1B6.pth": "1.6B", "3B.pth": "3B", "7B.pth": "7B"}
     for card, what, figure, command in recipes:
@@ -232,8 +261,8 @@ def test_the_recipes_are_rows_of_the_memory_table():
         assert {"int8": "in 8 bits", "nf4": "in 4 bits", "none": ""}[config.quant] in what
 
 
-def test_the_readmes_example_of_a_method_is_a_method():
-    (example,) = blocks(README, "python")
+def test_the_example_of_a_method_is_a_method():
+    (example,) = blocks(PAGES["adding-a-method.md"], "python")
     names: dict = {}
     exec(example, names)
     try:
@@ -254,9 +283,29 @@ def test_the_readmes_example_of_a_method_is_a_method():
         del METHODS["scale"]
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`[^`]*?(--\w+)", README))))
-def test_every_flag_of_the_readme_exists(flag):
-    sources = " ".join(
-        path.read_text() for path in [*ROOT.glob("rwkv_bone/**/*.py"), ROOT / "Makefile"] if path.name != "test_docs.py"
-    )
-    assert flag in sources or re.search(rf"\b{flag[2:]}\b", sources), flag
+def test_every_flag_of_the_pages_exists():
+    sources = " ".join(path.read_text() for path in [*ROOT.glob("rwkv_bone/**/*.py"), ROOT / "Makefile"])
+    for page in ("README.md", "flags.md", "rwkv-peft.md", "troubleshooting.md", "data.md"):
+        for flag in set(re.findall(r"`[^`\n]*?(--\w+)", PAGES[page])):
+            assert flag in sources or re.search(rf"\b{flag[2:]}\b", sources), f"{page}: {flag}"
+
+
+def test_every_link_between_the_pages_leads_somewhere():
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (folder / target).exists(), f"{page}: {target}"
+
+
+def test_each_page_begins_with_what_it_answers():
+    for page, text in PAGES.items():
+        title, _, opening = text.partition("\n\n")
+        assert title.startswith("# ") and (page == "README.md" or re.match(r"This page|Which functions", opening)), page
+
+
+def test_the_example_in_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_small_model(tmp_path / "base.pth")
+    (example,) = blocks(PAGES["README.md"], "python")
+    exec(example, {})
+    assert (tmp_path / "from_python.pth").exists()

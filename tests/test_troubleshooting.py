@@ -1,4 +1,4 @@
-"""README's table "When something goes wrong": each row is provoked, and what it quotes is what the program says."""
+"""The table of docs/troubleshooting.md: each row is provoked, and what it quotes is what the program says."""
 
 import re
 import sys
@@ -15,8 +15,8 @@ from rwkv_bone.merging import command as merging
 from rwkv_bone.training.run import main as train
 from tests.runs import arguments, make_world
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-TABLE = README.split("## When something goes wrong")[1].split("\n## ")[0]
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md").read_text()
+TABLE = PAGE.split("\n## ")[0]
 ROWS = [re.findall(r"`([^`]+)`", line.split(" | ")[0]) for line in TABLE.splitlines() if line.startswith("| `")]
 
 MERGE = ["--base_model", "other.pth", "--peft_checkpoint", "run/rwkv-0.pth", "--output", "merged.pth"]
