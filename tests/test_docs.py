@@ -20,6 +20,7 @@ from rwkv_bone.__main__ import COMMANDS as COMMANDS_OF_PROGRAM
 from rwkv_bone.__main__ import main as program_main
 from rwkv_bone.config import TrainConfig, make_parser
 from rwkv_bone.errors import run
+from rwkv_bone.files.known import KNOWN
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.peft import METHODS, inject, merge
 from rwkv_bone.training import memory
@@ -53,6 +54,7 @@ COMMANDS = [(name, command) for name, text in PAGES.items() for command in comma
 NOT_HERE = {  # how a command begins that cannot be run here: why, and what is tested instead
     "make ": "makes an environment: make itself says that it knows the target",
     "pip install": "makes an environment: what it would install is named in pyproject.toml",
+    "rwkv-bone download g1": "a download: the name is one that the program knows",
     "torchrun": "two machines with GPUs: the flags are parsed",
     "srun": "a cluster: the flags are parsed",
     "[ $? = 138 ]": "a cluster: the script is parsed",
@@ -157,7 +159,7 @@ def test_the_commands_of_the_pages_for_users_work(tmp_path):
     assert run_page("README.md", tmp_path) >= 8
     assert (tmp_path / "tuned.pth").exists() and (tmp_path / "tuned.st").exists()
     (tmp_path / "tuned.st").unlink()  # the pages of docs/ make it, and mine.idx, again
-    assert run_page("data.md", tmp_path) == 2
+    assert run_page("data.md", tmp_path) == 2 and run_page("models.md", tmp_path) == 1
     for made in ("mine.bin", "mine.idx", "mine.mask.bin"):
         (tmp_path / made).unlink()
     assert run_page("flags.md", tmp_path) >= 6 and run_page("memory.md", tmp_path) >= 9
@@ -216,6 +218,8 @@ def test_what_cannot_run_here_is_what_its_programs_take(tmp_path):
                 extra = re.fullmatch(r"(?:\.|rwkv-bone)\[(.*)\]", word)
                 for name in extra[1].split(",") if extra else [word] if "=" not in word and word[0] != "-" else []:
                     assert name == "constraints.txt" or re.search(rf'\b{re.escape(name)}\b', project), f"{page}: {name}"
+        elif begin == "rwkv-bone download g1":
+            assert words[2] in KNOWN
         elif begin in ("torchrun", "srun"):
             script = words[words.index("train.py") + 1 :]
             script.remove("...")
@@ -242,6 +246,11 @@ def test_every_flag_of_train_py_has_a_row_and_every_row_is_taken():
         words = [word for flag, value in usual.items() if flag not in span for word in (flag, value)] + shlex.split(span)
         if span not in ("--micro_bsz", "--accumulate_grad_batches"):  # named without a value
             TrainConfig.from_argv(words)
+
+
+def test_the_table_of_models_is_that_of_the_program():
+    rows = [f"| {k.name} | `{k.repository}` | `{k.file}` | {k.gb:.1f} | {k.licence} | {k.use} |" for k in KNOWN.values()]
+    assert [line for line in PAGES["models.md"].splitlines() if re.match(r"\| \w+-", line)] == rows
 
 
 def test_the_recipes_are_rows_of_the_memory_table():
