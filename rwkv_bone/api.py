@@ -36,13 +36,13 @@ from .data.documents import Documents
 from .data.encode import RowEncoder, parse_fields
 from .data.files import BEGINNING, Batch
 from .data.templates import Template
-from .data.tokenizer import Tokenizer, open_tokenizer
+from .data.tokenizer import Tokenizer, open_tokenizer, recorded
 from .errors import UserError
 from .evaluate.loss import document_losses
 from .files import adapters as files
 from .files import models
 from .files.folder import write_folder
-from .files.pth import layout_of, save_tensors
+from .files.pth import layout_of, write_pth
 from .generate.chat import as_messages
 from .generate.sampling import Sampling
 from .generate.sampling import generate as sample
@@ -93,12 +93,12 @@ def load_model(
     return model.eval()
 
 
-def tokenizer(model: LanguageModel, spec: str | Path = "auto", *, encoding: str = "utf-8") -> Tokenizer:
+def tokenizer(model: LanguageModel, spec: str | Path = "auto", *, encoding: str = "") -> Tokenizer:
     """The tokenizer of a model.
 
-    - `spec`: "world", "byte" or the path of a tokenizer.json; "auto" is the model's own if its folder has one, else it goes by
-      the vocabulary: 65536 is World, 256 and 257 are bytes
-    - `encoding`: of bytes, "utf-8" or "utf-16-le"
+    - `spec`: "world", "byte" or the path of a tokenizer.json; "auto" is the model's own if its folder has one or its file says
+      which it was trained with, else it goes by the vocabulary: 65536 is World, 256 and 257 are bytes
+    - `encoding`: of bytes, "utf-8" (the default) or "utf-16-le"
 
     Returns an object with `encode(text) -> list[int]`, `decode(ids) -> str` and `end`, the tokens that end a document. Raises
     UserError where no tokenizer is known for the vocabulary, or its ids go beyond it.
@@ -110,7 +110,10 @@ def tokenizer(model: LanguageModel, spec: str | Path = "auto", *, encoding: str 
     >>> tokenizer.decode([73, 106, 34])
     'Hi!'
     """
-    return open_tokenizer(str(spec), model.sizes.vocab_size, encoding=encoding, own=model.text)
+    known = models.read_about(model.file).get("tokenizer") if model.file else None
+    if spec == "auto" and not encoding and not model.text and (found := recorded(known, [model.file])):
+        return open_tokenizer(vocab_size=model.sizes.vocab_size, **found)
+    return open_tokenizer(str(spec), model.sizes.vocab_size, encoding=encoding or "utf-8", own=model.text)
 
 
 def methods() -> dict[str, str]:
@@ -402,7 +405,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = No
 
     - `model`: any module with an adapter, or a model of `load_model`, which is written with the dtype and names of its file
     - `path`: what to write; it appears when it is whole, an adapter with a `.json` beside it that says what it is
-    - `tokenizer`: noted in an adapter's file, for `generate` and the other commands
+    - `tokenizer`: noted in the file, with the template, for `generate` and the other commands
     - `overwrite`: replace a file that is there
 
     Raises UserError if the file exists or cannot be written, and for another module without an adapter.
@@ -416,29 +419,39 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = No
         raise UserError(f"{path} exists; give another name, or overwrite=True")
     layers = peft.adapters(model)
     if not layers:
-        save_whole(model_of_ours(model, "save without an adapter"), path)
+        save_whole(model_of_ours(model, "save without an adapter"), path, tokenizer)
         return
     layer = next(iter(layers.values()))
     base = {"version": type(model).__name__}
     if isinstance(model, LanguageModel):
         base = models.identity(model.file, model)
     info = {"method": method_name(layer), "options": vars(layer.config), "base": base}
-    info |= {"tokenizer": tokenizer.identity()} if tokenizer else {}
+    if isinstance(model, LanguageModel):
+        info |= text_of(model, tokenizer)
     files.save_adapter(path, peft.adapter_tensors(model), info)
 
 
-def save_whole(model: LanguageModel, path: Path) -> None:
+def save_whole(model: LanguageModel, path: Path, tokenizer: Tokenizer | None) -> None:
     state = model.state_dict()
     folder = models.folder_of(model.file) if model.file else None
     if folder is None:
-        save_tensors(path, {name: tensor.to(model.file_dtype) for name, tensor in state.items()})
+        tensors = {name: tensor.to(model.file_dtype) for name, tensor in state.items()}
+        write_pth(path, layout_of(tensors), tensors.items(), models.about_record(text_of(model, tokenizer)))
         return
     names = [name for shard in folder.shards.values() for name in shard]
     tensors = {name: state[model.parameter_name(name)].to(folder.tensors[name].dtype).contiguous().cpu() for name in names}
     write_folder(path, folder, layout_of(tensors), tensors.items())
 
 
+def text_of(model: LanguageModel, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What a record says of the text that a model was trained on."""
+    return {"tokenizer": tokenizer.identity(), "template": template_of(model).identity()} if tokenizer else {}
+
+
 def template_of(model: LanguageModel) -> Template:
+    """The one that the model's file says it was trained with, else its own, else its version's."""
+    if model.file and (known := models.read_about(model.file).get("template")):
+        return Template.of(known)
     return Template.of_model(model.text, model.template)
 
 

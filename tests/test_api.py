@@ -173,3 +173,10 @@ def test_a_model_of_transformers_has_its_own_tokenizer_and_is_saved_as_its_folde
     idx = torch.randint(4, 100, (1, 9))
     with torch.no_grad():
         torch.testing.assert_close(open_hf(tmp_path / "tuned")(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_saved_remembers_its_tokenizer(folder):
+    model = rb.load_model("base.pth", device="cpu")
+    rb.save(model, "whole.pth", tokenizer=rb.tokenizer(model, encoding="utf-16-le"))
+    assert rb.tokenizer(rb.load_model("whole.pth", device="cpu")).encoding == "utf-16-le"
+    assert rb.tokenizer(model).encoding == "utf-8"
