@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["tests.cpu_deepspeed", "deepspeed", "rwkv_bone.training.run", "lightning.fabric", "torch._dynamo"]
 
 
-def make_world(folder: Path, rows: int = 24) -> Path:
+def make_world(folder: Path, rows: int = 24, version: str = "x070") -> Path:
     """A folder with a small bf16 base model of vocabulary 257 and a jsonl of short documents."""
     torch.manual_seed(0)
-    model = small_model(dtype=torch.float32, vocab_size=257, n_layer=2, n_embd=32, dim_att=32, dim_ffn=64, head_size=8)
-    save_tensors(folder / "base.pth", {name: t.bfloat16() for name, t in model.state_dict().items()})
+    sizes = {"vocab_size": 257, "n_layer": 2, "n_embd": 32, "dim_att": 32, "dim_ffn": 64, "head_size": 8}
+    model = small_model(dtype=torch.float32, version=version, **sizes)
+    tensors = {name: t.bfloat16() for name, t in model.state_dict().items()}
+    save_tensors(folder / "base.pth", {**tensors, "head.weight": tensors["head.weight"] / 2})  # less sure of itself
     texts = [{"text": f"{i} and {i} is {2 * i}. " * (1 + i % 3)} for i in range(rows)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return folder

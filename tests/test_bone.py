@@ -93,7 +93,7 @@ def test_a_fresh_adapter_changes_no_logit(make_model):
     idx = torch.randint(50, (2, 9))
     before = model(idx)[0]
     names = inject(model, BoneLinear, BoneLinear.Config(8))
-    assert len(names) == 2 * 8 and all(name.split(".")[2] in ("att", "ffn") for name in names)
+    assert len(names) == 2 * 6 and all(name.split(".")[2] in ("att", "ffn") for name in names)
     assert torch.equal(model(idx)[0], before)
 
 

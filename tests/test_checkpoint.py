@@ -283,7 +283,7 @@ def test_a_model_with_a_tensor_too_few_too_many_or_of_another_shape_is_refused(m
         ({n: t for n, t in whole.items() if n != "blocks.1.ffn.key.weight"}, r"1 missing \(blocks\.1\.ffn\.key\.weight\)"),
         (whole | {"blocks.0.att.key.bone": head}, r"1 unknown \(blocks\.0\.att\.key\.bone\)"),
         (whole | {"head.weight": head[1:]}, r"head\.weight is \(49, 24\), the other tensors of the file ask for \(50, 24\)"),
-        (whole | {"blocks.0.att.time_faaaa": torch.zeros(1, 1000)}, "head size 1000 does not divide"),
+        (whole | {"blocks.0.att.r_k": torch.zeros(1, 1000)}, "head size 1000 does not divide"),
         (whole | {"blocks.7.ln1.weight": head[0]}, "not a whole .* model of 3 layers"),
     ):
         save_tensors(tmp_path / "m.pth", tensors)
@@ -432,8 +432,8 @@ def test_an_adapter_is_used_whole_or_not_at_all(make_model, tmp_path):
         ({"blocks.0.att.key.bones": bone}, r"blocks\.0\.att\.key\.bones is no tensor of the method bone"),
         ({"blocks.0.att.key.bone": bone[:4]}, r"blocks\.0\.att\.key\.bone is torch\.float64 \(4, 5, 5\); .* must be \(5, 5, 5\)"),
         ({"blocks.0.att.key.bone": bone.long()}, r"is torch\.int64"),
-        ({"blocks.0.att.time_decay": torch.zeros(3)}, r"blocks\.0\.att\.time_decay is .* must be \(1, 1, 16\)"),
-        ({"blocks.0.att.time_state": torch.zeros(2, 8, 8)}, r"lacks 1 of its tensors \(blocks\.1\.att\.time_state\)"),
+        ({"blocks.0.att.w0": torch.zeros(3)}, r"blocks\.0\.att\.w0 is .* must be \(1, 1, 24\)"),
+        ({"blocks.0.att.time_state": torch.zeros(3, 8, 8)}, r"lacks 1 of its tensors \(blocks\.1\.att\.time_state\)"),
     ):
         save_adapter(tmp_path / "odd.pth", {**tensors, **odd}, info)
         with pytest.raises(UserError, match=message):
@@ -520,14 +520,15 @@ def as_raw(tensor: torch.Tensor) -> bytes:
 
 
 @torch.no_grad()
-def test_the_rwkv_package_reads_what_we_write(tiny, make_model, tmp_path):
+@pytest.mark.parametrize(("version", "name"), [("x060", "tiny-rwkv6-1m"), ("x070", "tiny-rwkv7-gsm8k")])
+def test_the_rwkv_package_reads_what_we_write(name, data, make_model, tmp_path):
     """A merged model in float32, on random and on really trained weights; the package works in the file's dtype."""
     small = {"n_embd": 128, "dim_att": 128, "dim_ffn": 96, "head_size": 64, "vocab_size": 256}
     save_tensors(tmp_path / "random.pth", make_model(dtype=torch.float32, **small).state_dict())
-    save_tensors(tmp_path / "tiny.pth", load_model(tiny, torch.float32).state_dict())
+    save_tensors(tmp_path / "tiny.pth", load_model(data / f"{name}.pth", torch.float32).state_dict())
     tokens = torch.randint(256, (12,), generator=torch.Generator().manual_seed(0)).tolist()
-    for name in ("random", "tiny"):
-        model = load_model(tmp_path / f"{name}.pth")
+    for kind in ("random", "tiny"):
+        model = load_model(tmp_path / f"{kind}.pth")
         inject(model, METHODS["bone"], METHODS["bone"].Config(r=8))
         for p in model.parameters():
             if p.requires_grad:

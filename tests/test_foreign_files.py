@@ -1,6 +1,7 @@
 """Adapters of other programs are read as what they are, and a file that is none is named for what it is."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from conftest import small_model
 from safetensors.torch import save_file
 
 from rwkv_bone.errors import UserError, run
-from rwkv_bone.files.adapters import load_adapter, read_adapter
-from rwkv_bone.files.models import load_model
+from rwkv_bone.files.adapters import load_adapter, read_adapter, save_adapter
+from rwkv_bone.files.models import identity, load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.interop.rwkv_peft import Foreign
 from rwkv_bone.merging.command import main as merge
+from rwkv_bone.peft import METHODS, adapter_tensors, inject
 from rwkv_bone.training.run import main as train
 from tests.runs import arguments, make_world
 
@@ -113,6 +115,39 @@ def test_a_dora_by_columns_is_refused(world, tmp_path):
     save_tensors(tmp_path / "d.pth", tensors | {some.replace("lora_A", "lora_M"): torch.ones(1, tensors[some].shape[1])})
     with pytest.raises(UserError, match="scales the columns"):
         read_adapter(tmp_path / "d.pth", Foreign(lora_alpha=16.0))
+
+
+WIDTHS = {"x060": 28, "x070": 32}  # of the channel mixing: 3.5 and 4 times n_embd, as releases have them
+
+
+@pytest.mark.parametrize(("version", "other"), [("x060", "x070"), ("x070", "x060")])
+def test_an_adapter_or_a_state_of_the_other_version_is_refused_in_a_line(version, other, tmp_path):
+    for name in (version, other):
+        sizes = {"n_embd": 8, "dim_att": 8, "dim_ffn": WIDTHS[name], "head_size": 4 if name == version else 8}
+        save_tensors(tmp_path / f"{name}.pth", small_model(version=name, **sizes).state_dict())
+    base, theirs = load_model(tmp_path / f"{version}.pth"), load_model(tmp_path / f"{other}.pth")
+    states = {name: theirs.get_parameter(name).detach() for name in theirs.add_initial_state()}
+    parts = {name: t for name, t in theirs.state_dict().items() if theirs.in_part(name, "time") and name not in states}
+    inject(theirs, METHODS["miss"], METHODS["miss"].Config(4))
+    named = {"method": "miss", "options": {"r": 4}, "base": identity("theirs.pth", theirs)}
+    save_adapter(tmp_path / "ours.pth", adapter_tensors(theirs), named)
+    save_adapter(tmp_path / "our states.pth", states, {**named, "method": "none", "options": {}})
+    torch.save({name.replace(".bone", ".disha"): t for name, t in adapter_tensors(theirs).items()}, tmp_path / "disha.pth")
+    torch.save(states, tmp_path / "states.pth")  # of heads of another size: nothing else tells a state's version
+    torch.save(parts, tmp_path / "time.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "ours.pth").read_bytes()[:999])
+    for file, message in {
+        "ours": f"is an adapter for an? {other} model, and the base is {re.escape(base.title)}",
+        "our states": f"is an adapter for an? {other} model, and the base is {re.escape(base.title)}",
+        "disha": r"disha\.pth: (\d+ tensors that this model has no place for|blocks\.0\.ffn\.key\.bone is .* must be \(4, 28\))",
+        "states": r"blocks\.0\.att\.time_state is .* must be \(2, 4, 4\)",
+        "time": r"\d+ tensors that this model has no place for",
+        "cut": "damaged or cut short",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load_adapter(base, tmp_path / f"{file}.pth")
+        assert "\n" not in str(caught.value) and str(tmp_path / f"{file}.pth") in str(caught.value)
+        assert not any(p.requires_grad and "time_state" in name for name, p in base.named_parameters())
 
 
 ADAM = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}

@@ -21,8 +21,9 @@ from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.generate import GREEDY, Conversation, Sampling, completions, generate, read, sample, sampling
 from rwkv_bone.generate.command import main
-from rwkv_bone.models.x060 import LayerState
+from rwkv_bone.models.rwkv import LayerState
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
+from tests.independent import rwkv_package_generate
 
 UTF16 = ByteTokenizer(256, "utf-16-le")
 BYTES = ByteTokenizer(257)
@@ -36,9 +37,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_model_for_sampling_computes_the_same_from_the_same_tensors(method, version, make_model):
-    model = make_model(version=version, dtype=torch.float32)
+@pytest.mark.parametrize(("method", "version"), [*((name, "x070") for name in METHODS), ("lora", "x060")])
+def test_the_model_for_sampling_computes_the_same_from_the_same_tensors(method, make_model):
+    model = make_model(dtype=torch.float32)
     inject(model, METHODS[method], METHODS[method].config_from({"r": 4}, method))
     quick, idx = model.for_sampling(), torch.arange(24).view(2, 12)
     assert quick is not model and torch.equal(quick(idx)[0], model(idx)[0])
@@ -49,11 +50,6 @@ def test_the_model_for_sampling_computes_the_same_from_the_same_tensors(method, 
     assert model.for_sampling() is model
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny):
-    return load_model(tiny, torch.float32).requires_grad_(False)
-
-
 @pytest.fixture
 def byte_model(make_model):
     return make_model(vocab_size=257, dtype=torch.float64).requires_grad_(False)
@@ -61,25 +57,11 @@ def byte_model(make_model):
 
 @pytest.fixture(scope="module")
 def package():
-    """The rwkv package's model class and sampling pipeline."""
+    """The rwkv package's sampling pipeline."""
     os.environ.update(RWKV_V7_ON="0", RWKV_CUDA_ON="0", RWKV_JIT_ON="0")  # read by the package as it is imported
-    from rwkv.model import RWKV
-    from rwkv.utils import PIPELINE, PIPELINE_ARGS
+    from rwkv.utils import PIPELINE
 
-    return SimpleNamespace(RWKV=RWKV, PIPELINE=PIPELINE, ARGS=PIPELINE_ARGS)
-
-
-def pipeline(package, model, tokenizer, sampled: list[int]):
-    """The package's own generate() over `model`, with a tokenizer of ours; each token goes into `sampled`."""
-    made = object.__new__(package.PIPELINE)
-    made.model, made.encode, made.decode = model, tokenizer.encode, tokenizer.decode
-
-    def sample_logits(*args, **kwargs):
-        sampled.append(package.PIPELINE.sample_logits(made, *args, **kwargs))
-        return sampled[-1]
-
-    made.sample_logits = sample_logits
-    return made
+    return PIPELINE
 
 
 class Parrot(torch.nn.Module):
@@ -115,27 +97,27 @@ def say(tokenizer, script: list[int], **kwargs):
 # ---------------------------------------------------------------- equal to the rwkv package
 
 
-def test_greedy_tokens_are_the_packages_golden_ones(tiny_model, tiny):
-    prompt = np.load(tiny.with_suffix(".prompt64.npz"))["tokens"].tolist()
-    expected = json.loads(tiny.with_suffix(".json").read_text())["greedy_after_prompt64"]
-    (completion,) = generate(tiny_model, UTF16, [prompt], GREEDY, max_tokens=len(expected["tokens"]))
+@pytest.mark.parametrize(("name", "tokenizer"), [("tiny-rwkv6-1m", UTF16), ("tiny-rwkv7-gsm8k", ByteTokenizer(256))])
+def test_greedy_tokens_are_the_packages_golden_ones(name, tokenizer, data):
+    prompt = np.load(data / f"{name}.prompt64.npz")["tokens"].tolist()
+    expected = json.loads((data / f"{name}.json").read_text())["greedy_after_prompt64"]
+    model = load_model(data / f"{name}.pth", torch.float32).requires_grad_(False)
+    (completion,) = generate(model, tokenizer, [prompt], GREEDY, max_tokens=len(expected["tokens"]))
     assert completion.tokens == expected["tokens"]
     assert completion.text == expected["text"]
 
 
-@pytest.mark.parametrize("penalties", [(0, 0, 1.0), (0.4, 0.0, 1.0), (0.3, 0.5, 0.9), (-0.1, -0.2, 0.99)])
-def test_greedy_tokens_with_and_without_penalties_are_those_of_the_package(package, make_model, tmp_path, penalties):
+@pytest.mark.parametrize(
+    ("version", "penalties"),
+    [("x060", (0.3, 0.5, 0.9)), *(("x070", p) for p in [(0, 0, 1.0), (0.4, 0.0, 1.0), (0.3, 0.5, 0.9), (-0.1, -0.2, 0.99)])],
+)
+def test_greedy_tokens_with_and_without_penalties_are_those_of_the_package(make_model, tmp_path, penalties):
     model = make_model(7, torch.float32, vocab_size=257, n_embd=128, dim_att=128, dim_ffn=96, head_size=64)
     save_tensors(tmp_path / "m.pth", model.state_dict())
-    theirs = package.RWKV(model=str(tmp_path / "m"), strategy="cpu fp32")
-    presence, frequency, decay = penalties
-    args = package.ARGS(temperature=0, alpha_presence=presence, alpha_frequency=frequency, alpha_decay=decay)
-    prompts = ["In a shocking finding, 1 2 3", "a"]
-    expected = []
-    for prompt in prompts:
-        expected.append([])
-        pipeline(package, theirs, BYTES, expected[-1]).generate(prompt, 60, args)
-    sampling = Sampling(0, alpha_presence=presence, alpha_frequency=frequency, alpha_decay=decay)
+    given = dict(zip(("temperature", "alpha_presence", "alpha_frequency", "alpha_decay"), (0, *penalties)))
+    prompts = [BYTES.encode(text) for text in ("In a shocking finding, 1 2 3", "a")]
+    expected = rwkv_package_generate(tmp_path / "m.pth", prompts, 60, **given)
+    sampling = Sampling(**given)
     ours = generate(model, BYTES, prompts, sampling, max_tokens=60)
     for completion, tokens in zip(ours, expected):
         assert len(set(tokens)) > 3
@@ -149,7 +131,7 @@ def test_probabilities_are_the_packages(package, monkeypatch, temperature, top_p
     logits[5] = logits[7]  # a tie
     expected = []
     monkeypatch.setattr(np.random, "choice", lambda a, p: expected.append(p) or 0)
-    package.PIPELINE.sample_logits(None, logits.clone(), temperature, 0.9999999 if top_p == 1 else top_p, top_k)
+    package.sample_logits(None, logits.clone(), temperature, 0.9999999 if top_p == 1 else top_p, top_k)
     draws = 20000
     tokens = sample(logits.expand(draws, -1), Sampling(temperature, top_p, top_k), [i / draws for i in range(draws)])
     ours = tokens.bincount(minlength=40) / draws
@@ -168,7 +150,7 @@ def test_large_vocabularies_have_the_packages_probabilities_too(package, monkeyp
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(2))  # 0.3 takes some hundred tokens, 0.999 thousands
     expected = []
     monkeypatch.setattr(np.random, "choice", lambda a, p: expected.append(p) or 0)
-    package.PIPELINE.sample_logits(None, logits.clone(), 0.7, top_p)
+    package.sample_logits(None, logits.clone(), 0.7, top_p)
     kept = np.cumsum(expected[0])
     draws = [0.0, 0.1, 0.37, 0.5, 0.9, 1 - 2**-53]
     tokens = sample(logits.expand(len(draws), -1), Sampling(0.7, top_p), draws)
@@ -255,8 +237,9 @@ def test_an_empty_prompt_begins_a_document(byte_model):
 def test_finished_rows_make_room_before_the_batch_is_over(byte_model, monkeypatch):
     sizes = []
     monkeypatch.setattr(sampling, "step", lambda model, tokens, state: sizes.append(len(tokens)) or step(model, tokens, state))
-    step_tokens = [len(c.tokens) for c in generate(byte_model, BYTES, [f"{i}" for i in range(12)], GREEDY, 16, ("a", "e"), 0, 4)]
-    assert max(sizes) == 4 and sum(sizes) == sum(step_tokens) - 12
+    said = generate(byte_model, BYTES, [f"{i}" for i in range(12)], GREEDY, 16, ("f", "g"), 0, 4)
+    tokens = sum(len(c.tokens) + (c.reason == "end") for c in said)  # the end is a token that is not said
+    assert max(sizes) == 4 and sum(sizes) == tokens - 12  # the first comes from the prompt
     assert len(sizes) < 3 * 16  # three batches one after the other, each as long as its longest
 
 

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.models import LanguageModel
-from rwkv_bone.models.x060 import RWKV6
+from rwkv_bone.models import MODELS, LanguageModel
 from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.peft.quant import quantise_model
 from rwkv_bone.training.infctx import backward_in_chunks
@@ -61,13 +60,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_estimate_is_within_10_percent_of_what_a_step_takes(name):
+def new_model(version: str, **sizes) -> LanguageModel:
+    kind = MODELS[version]
+    return kind(kind.new_sizes(**sizes)).initialise(0)
+
+
+CASES_OF = {"x070": CASES, "x060": ("bone", "the whole model")}
+
+
+@pytest.mark.parametrize(("version", "name"), [(version, name) for version, names in CASES_OF.items() for name in names])
+def test_the_estimate_is_within_10_percent_of_what_a_step_takes(version, name):
     sizes, flags = CASES[name]
     sizes = {"vocab_size": 256, "n_layer": 5, "n_embd": 128, "B": 2, "T": 128, "dtype": torch.float32, **sizes}
     B, T, dtype = (sizes.pop(key) for key in ("B", "T", "dtype"))
     given = config(**flags)
-    model = RWKV6(RWKV6.new_sizes(**sizes)).initialise(0).to(dtype)
+    model = new_model(version, **sizes).to(dtype)
     if given.quant != "none":
         quantise_model(model, given.quant)
     if given.peft != "none":
@@ -94,7 +101,7 @@ def test_chunked_cross_entropy_takes_less_than_a_tenth_of_the_plain_one():
 
 
 def test_frozen_weights_never_get_a_gradient():
-    model = RWKV6(RWKV6.new_sizes(vocab_size=256, n_layer=2, n_embd=64)).initialise(0)
+    model = new_model("x070", vocab_size=256, n_layer=2, n_embd=64)
     inject(model, METHODS["bone"], METHODS["bone"].Config(8))
     training(model, 1, 16, config())()
     made = []
@@ -111,5 +118,5 @@ def test_frozen_weights_never_get_a_gradient():
 @pytest.mark.slow
 def test_the_table_of_the_docs_is_what_the_program_says():
     doc = (Path(__file__).parents[1] / "docs" / "memory.md").read_text().splitlines()
-    rows = table_rows("1.6B", "bone", 64)
+    rows = table_rows("G1 1.5B", "bone", 64)
     assert len(rows) == 3 and not set(rows) - set(doc)

@@ -11,6 +11,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.models import MODELS, recognise
+from tests.conftest import each_version
 from tests.independent import rwkv_package
 
 LOSS = {"tiny-rwkv6-1m": 0.905476, "tiny-rwkv7-834k": 3.991262, "tiny-rwkv7-gsm8k": 1.212331}  # of the `rwkv` package
@@ -80,8 +81,9 @@ def test_greedy_continuation_token_by_token_is_the_packages(model, path, facts):
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_layer", [1, 3])
-def test_random_weights_with_heads_of_64_give_the_packages_logits_and_state(n_layer, version, make_model, tmp_path):
-    model = make_model(version=version, dtype=torch.float32, n_layer=n_layer, n_embd=128, dim_att=128, dim_ffn=96, head_size=64)
+@each_version
+def test_random_weights_with_heads_of_64_give_the_packages_logits_and_state(n_layer, make_model, tmp_path):
+    model = make_model(dtype=torch.float32, n_layer=n_layer, n_embd=128, dim_att=128, dim_ffn=96, head_size=64)
     save_tensors(tmp_path / "m.pth", model.state_dict())
     tokens = torch.randint(50, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     expected, expected_state = rwkv_package(tmp_path / "m.pth", tokens)
@@ -93,8 +95,9 @@ def test_random_weights_with_heads_of_64_give_the_packages_logits_and_state(n_la
 
 
 @torch.no_grad()
+@each_version
 def test_a_trained_initial_state_is_where_the_model_starts(version, make_model, tmp_path):
-    model = make_model(version=version, dtype=torch.float32, n_embd=128, dim_att=128, head_size=64)
+    model = make_model(dtype=torch.float32, n_embd=128, dim_att=128, head_size=64)
     save_tensors(tmp_path / "m.pth", model.state_dict())
     names = model.add_initial_state()
     states = [model.get_parameter(name).normal_(generator=torch.Generator().manual_seed(0)) for name in names]
@@ -106,8 +109,9 @@ def test_a_trained_initial_state_is_where_the_model_starts(version, make_model, 
         assert (row - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_gradients_of_every_parameter_are_the_slopes_of_the_loss(version, make_model):
-    model = make_model(version=version)
+@each_version
+def test_gradients_of_every_parameter_are_the_slopes_of_the_loss(make_model):
+    model = make_model()
     model.add_initial_state()
     torch.manual_seed(0)
     idx, weights = torch.randint(50, (2, 19)), torch.randn(2, 19, 50, dtype=torch.float64)
@@ -129,8 +133,9 @@ def test_gradients_of_every_parameter_are_the_slopes_of_the_loss(version, make_m
         assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-5), name
 
 
-def test_a_sequence_in_chunks_equals_the_whole_in_output_and_gradients(version, make_model):
-    model = make_model(version=version)
+@each_version
+def test_a_sequence_in_chunks_equals_the_whole_in_output_and_gradients(make_model):
+    model = make_model()
     idx = torch.randint(50, (2, 23))
     weights = torch.randn(2, 23, 50, dtype=torch.float64)
     results = []
@@ -147,9 +152,10 @@ def test_a_sequence_in_chunks_equals_the_whole_in_output_and_gradients(version, 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-def test_packed_documents_behind_separators_give_what_each_gives_alone(version, dtype, tolerance, make_model):
-    exact = make_model(version=version)
-    model = make_model(version=version, dtype=dtype)
+@each_version
+def test_packed_documents_behind_separators_give_what_each_gives_alone(dtype, tolerance, make_model):
+    exact = make_model()
+    model = make_model(dtype=dtype)
     for rounded, parameter in zip(model.parameters(), exact.parameters()):
         parameter.copy_(rounded)
     documents = [torch.randint(50, (1, n)) for n in (5, 1, 30)]
@@ -170,16 +176,18 @@ def test_packed_documents_behind_separators_give_what_each_gives_alone(version, 
         close(rest, packed[:, border:])
 
 
-def test_documents_are_not_packed_where_each_would_begin_with_a_trained_state(version, make_model):
-    model = make_model(version=version)
+@each_version
+def test_documents_are_not_packed_where_each_would_begin_with_a_trained_state(make_model):
+    model = make_model()
     assert model.cannot("pack") == ""
     model.add_initial_state()
     assert "initial state" in model.cannot("pack")
 
 
 @pytest.mark.parametrize("changed", [{"grad_cp": True}, {"op": "torch"}])
-def test_another_way_of_computing_changes_no_gradient(version, changed, make_model):
-    model = make_model(version=version, n_layer=3)
+@each_version
+def test_another_way_of_computing_changes_no_gradient(changed, make_model):
+    model = make_model(n_layer=3)
     model.add_initial_state()
     idx = torch.randint(50, (2, 21))
     gradients = []
@@ -191,8 +199,9 @@ def test_another_way_of_computing_changes_no_gradient(version, changed, make_mod
         torch.testing.assert_close(a, b)
 
 
-def test_the_stages_one_after_the_other_are_the_model(version, make_model):
-    model = make_model(version=version, n_layer=3)
+@each_version
+def test_the_stages_one_after_the_other_are_the_model(make_model):
+    model = make_model(n_layer=3)
     x = idx = torch.randint(50, (2, 9))
     names = []
     for prefix, module, run in model.stages():
@@ -204,8 +213,9 @@ def test_the_stages_one_after_the_other_are_the_model(version, make_model):
 
 @pytest.mark.parametrize("n_layer", [1, 3])
 @pytest.mark.parametrize("time_state", [False, True])
+@each_version
 def test_sizes_are_read_from_the_file(version, n_layer, time_state, make_model):
-    model = make_model(version=version, n_layer=n_layer, n_embd=32, dim_att=32, head_size=4, dim_ffn=20, time_state=time_state)
+    model = make_model(n_layer=n_layer, n_embd=32, dim_att=32, head_size=4, dim_ffn=20, time_state=time_state)
     tensors = model.state_dict()
     kind = recognise(tensors, "m.pth")
     assert kind is MODELS[version]
@@ -254,8 +264,8 @@ def only_without(part, tensors):
         ("x070", partial(with_, "blocks.1.qkv.q.weight", (24, 24)), "rwkv7a or rwkv7b .*blocks.1.qkv.q.weight"),
     ],
 )
-def test_a_damaged_model_or_another_one_is_refused_by_name(version, damage, message, make_model):
-    tensors = make_model(version=version).state_dict()
+def test_a_damaged_model_or_another_one_is_refused_by_name(damage, message, make_model):
+    tensors = make_model().state_dict()
     damage(tensors)
     with pytest.raises(UserError, match=f"^m.pth: .*{message}") as error:
         recognise(tensors, "m.pth").sizes_of(tensors, "m.pth")
@@ -263,8 +273,8 @@ def test_a_damaged_model_or_another_one_is_refused_by_name(version, damage, mess
 
 
 @pytest.mark.parametrize(("version", "other"), [("x060", "x070"), ("x070", "x060")])
-def test_a_file_is_no_model_of_the_other_version(version, other, make_model):
-    tensors = make_model(version=version).state_dict()
+def test_a_file_is_no_model_of_the_other_version(other, make_model):
+    tensors = make_model().state_dict()
     assert not MODELS[other].recognises(tensors)
     with pytest.raises(UserError, match=f"^m.pth: .*{other}"):
         MODELS[other].sizes_of(tensors, "m.pth")
@@ -313,6 +323,7 @@ ORTHOGONAL = {  # rows times their transposes, by layer 1's names
 }
 
 
+@each_version
 def test_a_new_model_starts_as_rwkv_lm_starts_it(version):
     kind = MODELS[version]
     sizes = kind.new_sizes(vocab_size=100, n_layer=3, n_embd=64, head_size=16)
@@ -338,8 +349,9 @@ def test_a_new_model_starts_as_rwkv_lm_starts_it(version):
     assert model(torch.randint(100, (1, 8)))[0].isfinite().all()
 
 
-def test_a_block_compiles_to_one_graph_with_its_gradients(version, make_model):
-    block = make_model(version=version, dtype=torch.float32, n_embd=32, dim_att=32).blocks[1]
+@each_version
+def test_a_block_compiles_to_one_graph_with_its_gradients(make_model):
+    block = make_model(dtype=torch.float32, n_embd=32, dim_att=32).blocks[1]
     x, carry = torch.randn(2, 2, 9, 32, requires_grad=True).unbind(0)
     compiled = torch.compile(lambda x: block(x, carry, None)[0], fullgraph=True)
     wanted = [x, *block.parameters()]

@@ -10,6 +10,7 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.training.optimiser import MasterWeights, make_optimiser
 from rwkv_bone.training.schedule import learning_rate
+from tests.conftest import each_version
 from tests.runs import lines, make_world, run_to_end
 
 
@@ -58,14 +59,17 @@ def groups(model, **flags):
     return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
 
+@each_version
 @pytest.mark.parametrize(("layerwise_lr", "multiple"), [(1, 2), (0, 1)])
-def test_time_decay_learns_at_twice_the_rate_by_layerwise_lr(make_model, layerwise_lr, multiple):
+def test_the_decay_learns_at_twice_the_rate_by_layerwise_lr(version, make_model, layerwise_lr, multiple):
+    """RWKV-LM: time_decay of RWKV-6, w0 of RWKV-7."""
     model = make_model(dtype=torch.float32)
     inject(model, METHODS["bone"], METHODS["bone"].Config(8))
     model.train_parts(["time", "ln"])
+    decay = {"x060": ".time_decay", "x070": ".w0"}[version]
     of = groups(model, layerwise_lr=layerwise_lr, lr_init=1e-3)
     for name, group in of.items():
-        assert group["lr_multiplier"] == (multiple if name.endswith("time_decay") else 1), name
+        assert group["lr_multiplier"] == (multiple if name.endswith(decay) else 1), name
         assert group["lr"] == pytest.approx(1e-3 * group["lr_multiplier"])
 
 
@@ -78,8 +82,9 @@ def test_lora_plus_has_its_own_rate_for_b(make_model):
     assert b > a == 1
 
 
+@each_version
 def test_weight_decay_is_by_rwkv_lms_rule_and_on_the_adapters_matrices(make_model):
-    """RWKV-LM decays tensors of two dimensions whose name ends in .weight: not time_faaaa, not the small LoRAs."""
+    """RWKV-LM decays tensors of two dimensions whose name ends in .weight: not time_faaaa or r_k, not the small LoRAs."""
     model = make_model(dtype=torch.float32)
     for name, group in groups(model, weight_decay=0.1).items():
         assert group["weight_decay"] == (0.1 if name.endswith(".weight") and model.get_parameter(name).dim() == 2 else 0), name

@@ -76,7 +76,7 @@ def test_a_model_with_a_quantised_base_trains_saves_and_merges(kind, make_model)
     if kind == "nf4":
         pytest.importorskip("bitsandbytes", reason="needs the bitsandbytes package")
     names = quantise_model(model, kind)
-    assert len(names) == 16
+    assert len(names) == 12
     idx = torch.randint(50, (2, 9))
     base = model(idx)[0]
     assert inject(model, METHODS["bone"], METHODS["bone"].Config(r=4)) == names

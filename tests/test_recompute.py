@@ -6,6 +6,7 @@ from torch import nn
 
 from rwkv_bone.ops.recompute import recompute_in_backward, recomputed
 from rwkv_bone.peft import METHODS, inject
+from tests.conftest import each_version
 from tests.watch import peak_bytes
 
 
@@ -60,14 +61,15 @@ def test_a_recomputed_function_draws_the_same_random_numbers():
     assert torch.equal(y.detach(), x.grad)
 
 
+@each_version
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_a_layer_keeps_no_mixed_inputs(make_model, version, grad_cp):
+def test_a_layer_keeps_no_mixed_inputs(make_model, grad_cp):
     """In units of n_embd for a token, less than 16 are kept, most by products and the recurrence; with grad_cp 1."""
     C, T = 64, 128
     sizes = {"n_embd": C, "dim_att": C, "dim_ffn": 3 * C + C // 2, "head_size": 64}
 
     def step_of(layers: int):
-        model = make_model(version=version, dtype=torch.float32, n_layer=layers, **sizes)
+        model = make_model(dtype=torch.float32, n_layer=layers, **sizes)
         inject(model, METHODS["bone"], METHODS["bone"].Config(8))
         model = model.with_execution(grad_cp=grad_cp)
         idx = torch.randint(50, (1, T))

@@ -21,12 +21,14 @@ from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.generate import command as generate
 from rwkv_bone.ops.float32 import onednn_is_right
-from rwkv_bone.ops.wkv6 import cpu as wkv6_cpu
+from rwkv_bone.ops.wkv7 import cpu as wkv7_cpu
 from rwkv_bone.plot import read_run
 from rwkv_bone.training.loader import TrainingData
 from rwkv_bone.training.logs import Logs, StepRecord, say
 from rwkv_bone.training.outputs import RunFolder
 from rwkv_bone.training.run import main
+from tests.conftest import each_version
+from tests.independent import rwkv_package
 from tests.runs import arguments, losses, make_world, run_to_end
 
 
@@ -49,9 +51,9 @@ def finished(world):
 
 def test_before_the_first_step_all_that_matters_is_printed(world, finished):
     out = finished
-    base_size = sum(tensor.numel() for tensor in open_tensors(world / "base.pth").values())
+    base_size = sum(p.numel() for p in load_model(world / "base.pth").parameters())
     for text in (
-        f"vocabulary 257, {base_size:,} parameters",
+        f", {base_size:,} parameters",
         "2 layers, n_embd 32",
         "24 documents",
         "data       tokenizer: bytes of utf-8\n",
@@ -107,8 +109,8 @@ def test_the_device_line_names_what_was_chosen(world):
         (found,) = [line for line in train(world, "--dry_run", *flags, name="dry").splitlines() if line.startswith("device ")]
         return found
 
-    assert line().endswith(f"fp32, engine: one process, WKV6: C++ kernel, {wkv6_cpu.kernels.variants[-1]}, 1 thread")
-    assert line("--op", "torch").endswith("WKV6: chunked, in plain torch")
+    assert line().endswith(f"fp32, engine: one process, WKV7: C++ kernel, {wkv7_cpu.kernels.variants[-1]}, 1 thread")
+    assert line("--op", "torch").endswith("WKV7: chunked, in plain torch")
     many = line("--micro_bsz", 256)  # rows, of a token or more each
     assert ("fp32 by oneDNN, engine" if onednn_is_right() else "fp32, engine") in many
     assert "engine: ddp" in line("--devices", 2)
@@ -131,11 +133,11 @@ def test_the_share_that_trains_is_of_base_and_adapter_together(world, kind):
         "state": ["--train_type", "state", "--peft", "none"],
         "none": ["--peft", "none"],
     }[kind]
-    base = sum(tensor.numel() for tensor in open_tensors(world / "base.pth").values())
-    adapter = 2 * (8 * 32 * 7 + 8 * 64)  # 2 layers, r = 8; seven projections of 32 inputs, one of 64
+    base = sum(p.numel() for p in load_model(world / "base.pth").parameters())
+    adapter = 2 * (8 * 32 * 5 + 8 * 64)  # 2 layers, r = 8; five projections of 32 inputs, one of 64
     beside = {"state": 2 * 4 * 8 * 8, "none": 0}.get(kind, adapter)
     out = train(world, "--dry_run", *flags, name="dry")
-    assert f"vocabulary 257, {base:,} parameters\n" in out
+    assert f", {base:,} parameters\n" in out
     if kind == "none":
         assert f"trains     {base:,} parameters, 100.00% of {base:,}\n" in out
         return
@@ -179,21 +181,23 @@ def test_a_finished_run_is_not_overwritten_unless_told(world, finished):
     assert (world / "run" / "rwkv-2.pth").read_bytes() == before
 
 
-def test_a_new_model_trains_from_scratch(world):
-    sizes = ("--n_layer", 1, "--n_embd", 32, "--head_size_a", 8, "--vocab_size", 257)
-    train(world, "--load_model", "", "--peft", "none", *sizes, "--epoch_count", 2, name="scratch")
-    seen = losses(world / "scratch")
+@each_version
+def test_a_new_model_trains_from_scratch(version, world):
+    sizes = ("--my_testing", version, "--n_layer", 2, "--n_embd", 32, "--head_size_a", 8, "--vocab_size", 257)
+    train(world, "--load_model", "", "--peft", "none", *sizes, "--epoch_count", 2, name=f"scratch {version}")
+    seen = losses(world / f"scratch {version}")
     assert seen[-1][1] < seen[0][1]
-    model = load_model(world / "scratch" / "rwkv-1.pth")
-    assert model.sizes.n_layer == 1 and model.emb.weight.dtype == torch.bfloat16  # as every RWKV program wants it
+    model = load_model(world / f"scratch {version}" / "rwkv-1.pth")
+    assert (model.version, model.sizes.n_layer) == (version, 2)
+    assert model.emb.weight.dtype == torch.bfloat16  # as every RWKV program wants it
 
 
 def test_parts_of_the_base_train_beside_the_adapter(world):
     train(world, "--train_parts", "time", "ln", "--precision", "bf16", name="parts")
     tensors = open_tensors(world / "parts" / "rwkv-0.pth")
-    assert tensors["blocks.1.att.time_decay"].dtype == torch.bfloat16
+    assert tensors["blocks.1.att.w0"].dtype == torch.bfloat16
     base = open_tensors(world / "base.pth")
-    for name in ("blocks.0.att.time_decay", "blocks.1.ln1.weight", "ln_out.bias"):
+    for name in ("blocks.0.att.w0", "blocks.1.att.v1", "blocks.1.ln1.weight", "ln_out.bias"):
         assert not torch.equal(tensors[name], base[name]), name
     assert tensors["blocks.0.att.key.bone"].dtype == torch.float32
 
@@ -210,6 +214,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(world):
     [
         (["--load_model", "none.pth"], "none.pth: no such file"),
         (["--load_model", "data.jsonl"], "data.jsonl: not a .pth"),
+        (["--my_testing", "x060"], "base.pth is RWKV-7 (x070); leave the flag out"),
         (["--n_layer", "3"], "--n_layer 3 contradicts"),
         (["--vocab_size", "65536"], "--vocab_size 65536 contradicts"),
         (["--load_model", ""], "--peft bone needs a base model"),
@@ -383,7 +388,7 @@ def test_training_goes_on_from_an_adapter_with_that_adapters_options(world, fini
         main(arguments(world, *flags, "--r", "16", name="other"))
 
 
-def test_initial_states_are_trained_alone_and_read_by_the_rwkv_package(world, monkeypatch, tmp_path):
+def test_initial_states_are_trained_alone_and_read_by_the_rwkv_package(world, tmp_path):
     argv = arguments(world, "--train_type", "state", "--lr_init", "0.3", "--epoch_count", "2", name="state")
     del argv[argv.index("--r") : argv.index("--r") + 2]
     assert main(argv) == 0
@@ -392,16 +397,11 @@ def test_initial_states_are_trained_alone_and_read_by_the_rwkv_package(world, mo
     states = open_tensors(world / "state" / "rwkv-1.pth")
     assert {name: tuple(t.shape) for name, t in states.items()} == {f"blocks.{i}.att.time_state": (4, 8, 8) for i in range(2)}
     assert all(t.abs().max() > 0 for t in states.values())
-    merged = {**open_tensors(world / "base.pth"), **states}
-    save_tensors(tmp_path / "merged.pth", {name: t.float() for name, t in merged.items()})
+    save_tensors(tmp_path / "base.pth", {name: t.float() for name, t in open_tensors(world / "base.pth").items()})
     tuned = load_model(world / "base.pth", torch.float32)
     load_adapter(tuned, world / "state" / "rwkv-1.pth")
-    for name in ("RWKV_V7_ON", "RWKV_CUDA_ON", "RWKV_JIT_ON"):
-        monkeypatch.setenv(name, "0")
-    from rwkv.model import RWKV as Package
-
     tokens = [72, 101, 108, 108, 111]
-    theirs, _ = Package(model=str(tmp_path / "merged"), strategy="cpu fp32").forward(tokens, None, full_output=True)
+    theirs, _ = rwkv_package(tmp_path / "base.pth", tokens, [t.float() for t in states.values()])  # [value, key], as it is there
     with torch.no_grad():
         assert (tuned(torch.tensor([tokens]))[0][0] - theirs).abs().max() < 1e-4
         assert (load_model(world / "base.pth", torch.float32)(torch.tensor([tokens]))[0][0] - theirs).abs().max() > 1e-3

@@ -129,6 +129,7 @@ class LanguageModel(nn.Module):
     web_names: ClassVar[WebNames | None] = None  # None: web-rwkv has no such model
     gguf_architecture: ClassVar[str] = ""  # llama.cpp's name of the model; "": it has no such model
     suffixes: ClassVar[tuple[str, ...]] = ()  # ends of the names of files for `read_file`
+    releases: ClassVar[Mapping[str, Mapping[str, int]]] = {}  # sizes of published models that tables for people name
 
     sizes: Any  # a subclass of Sizes
     head: nn.Linear

@@ -7,7 +7,7 @@ Sizes: B batch, T time, C n_embd, A dim_att = H * N (H heads of size N), F dim_f
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,10 @@ class RWKV6(RWKV):
     gguf_architecture = "rwkv6"
     gguf_lerps = tuple(f"att.time_maa_{name}" for name in LERPS)
     gguf_names = GGUF_NAMES
+    releases: ClassVar = {  # World
+        name: {"vocab_size": 65536, "n_layer": n_layer, "n_embd": n_embd}
+        for name, n_layer, n_embd in (("1.6B", 24, 2048), ("3B", 32, 2560), ("7B", 32, 4096))
+    }
     web_names = WebNames(
         renamed={"time_faaaa": "time_first", "time_maa": "time_mix"},
         transposed=("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state"),

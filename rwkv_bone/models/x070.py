@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +216,18 @@ class RWKV7(RWKV):
     gguf_lerps = tuple(f"att.x_{name}" for name in LERPS)
     gguf_names = GGUF_NAMES
     template = "g1"
-    web_names = WebNames(renamed={}, transposed=tuple(f".att.{name}{i}" for name in RANKS for i in (1, 2)))
+    releases: ClassVar = {  # of rwkv7-g1, with its LoRA ranks of w, a, v, g
+        f"G1 {name}": {"vocab_size": 65536, "n_layer": n_layer, "n_embd": n_embd, **dict(zip(RANKS.values(), ranks))}
+        for name, n_layer, n_embd, ranks in (
+            ("0.1B", 12, 768, (64, 64, 32, 128)),
+            ("0.4B", 24, 1024, (64, 64, 32, 128)),
+            ("1.5B", 24, 2048, (96, 96, 64, 256)),
+            ("2.9B", 32, 2560, (96, 96, 64, 320)),
+            ("7.2B", 32, 4096, (128, 128, 96, 480)),
+            ("13.3B", 61, 4096, (192, 192, 128, 384)),
+        )
+    }
+    web_names = WebNames(renamed={}, transposed=(*(f".att.{name}{i}" for name in RANKS for i in (1, 2)), ".att.time_state"))
 
     @classmethod
     def is_time(cls, name: str) -> bool:

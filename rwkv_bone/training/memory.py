@@ -1,6 +1,6 @@
 """How much memory training takes: found by running one step on tensors that have sizes and no memory, before the first real one.
 
-`python -m rwkv_bone.training.memory` prints what World models take; see docs/memory.md.
+`python -m rwkv_bone.training.memory` prints what released models take; see docs/memory.md.
 """
 
 import copy
@@ -21,7 +21,7 @@ from ..errors import run
 from ..models import MODELS, Execution, LanguageModel
 from ..models.base import tensors_of
 from ..peft import METHODS, inject
-from ..peft.adapter import FrozenLinear, QuantisedWeight, projections
+from ..peft.adapter import QuantisedWeight, projections
 from .infctx import backward_in_chunks
 from .loss import HeadCrossEntropy
 from .optimiser import OPTIMISERS
@@ -141,27 +141,26 @@ def estimate(model: LanguageModel, B: int, T: int, config: TrainConfig, world: i
     return parts
 
 
-RELEASES = {"1.6B": ("x060", 24, 2048), "3B": ("x060", 32, 2560), "7B": ("x060", 32, 4096)}  # version, layers, n_embd
+RELEASES = {name: (version, sizes) for version in reversed(MODELS) for name, sizes in MODELS[version].releases.items()}
+METHODS_SHOWN = (("bone", 64), ("none", 0))
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 BITS = {"none": 0, "int8": 8, "nf4": 4.5}
 
 
-def released(version: str, layers: int, n_embd: int, peft: str, r: int, quant: str) -> LanguageModel:
-    """A model of a release's sizes in bf16 with adapters, without memory. Call within FakeTensorMode."""
-    kind = MODELS[version]
-    sizes = kind.new_sizes(vocab_size=65536, n_layer=layers, n_embd=n_embd, head_size=64)
-    model = kind(sizes, Execution())
+def released(release: str, peft: str, r: int) -> tuple[LanguageModel, list[int]]:
+    """A model of a release's sizes in bf16 with adapters, without memory, and the numbers of entries of its projections.
+
+    Call within FakeTensorMode.
+    """
+    version, sizes = RELEASES[release]
+    model = MODELS[version](MODELS[version].new_sizes(**sizes), Execution())
     for name, p in list(model.named_parameters()):
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16)))
-    if quant != "none":
-        for name in projections(model):
-            weight = model.get_parameter(f"{name}.weight")
-            data = torch.empty(int(weight.numel() * BITS[quant] / 8), dtype=torch.uint8)
-            model.set_submodule(name, FrozenLinear(Dense(weight, data=data)))
+    entries = [model.get_parameter(f"{name}.weight").numel() for name in projections(model)]
     if peft != "none":
         inject(model, METHODS[peft], METHODS[peft].config_from({"r": r}, peft))
-    return model
+    return model, entries
 
 
 def card_for(size: float) -> str:
@@ -173,33 +172,30 @@ def card_for(size: float) -> str:
 LENGTHS = (512, 2048, 8192)
 
 
-def table_rows(size: str, peft: str, r: int) -> list[str]:
-    """Of the table in docs/memory.md, the rows of a World model and a method, one for each kind of base weights."""
-    shape, steps = RELEASES[size], []
-    for T, grad_cp in itertools.product(LENGTHS, (False, True)):
-        config = TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp)
-        with FakeTensorMode():
-            parts = estimate(released(*shape, peft, r, "none"), 1, T, config, cuda=True)
-        steps.append(sum(parts.values()) - parts["base weights"])
+def table_rows(release: str, peft: str, r: int) -> list[str]:
+    """Of the table in docs/memory.md, the rows of a release and a method, one for each kind of base weights."""
+    steps = []
+    with FakeTensorMode():
+        model, entries = released(release, peft, r)
+        for T, grad_cp in itertools.product(LENGTHS, (False, True)):
+            parts = estimate(model, 1, T, TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp), cuda=True)
+            steps.append(sum(parts.values()) - parts["base weights"])
     rows = []
     for quant in BITS if peft != "none" else ("none",):
-        with FakeTensorMode():
-            model = released(*shape, peft, r, quant)
-        base = bytes_of(t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
-        if quant != "none":  # one projection's weight at a time is made dense
-            base += 2 * max(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantisedWeight))
+        base = parts["base weights"]
+        if quant != "none":  # two bytes less, and one projection's weight at a time is made dense
+            base += int(sum(entries) * (BITS[quant] / 8 - 2)) + 2 * max(entries)
         name = f"{peft}, r {r}" if r else peft
         cells = " | ".join(f"{(base + step) / 10**9:.1f}: {card_for(base + step)}" for step in steps)
-        rows.append(f"| {size} | {name} | {quant} | {cells} |")
+        rows.append(f"| {release} | {name} | {quant} | {cells} |")
     return rows
 
 
 def main() -> None:
     print("| model | `--peft` | `--quant` |" + "".join(f" {T} | {T}, `--grad_cp 1` |" for T in LENGTHS))
     print("|---" * (3 + 2 * len(LENGTHS)) + "|")
-    for size in RELEASES:
-        for peft, r in (("bone", 64), ("miss", 64), ("lora", 32), ("dora", 32), ("none", 0)):
-            print("\n".join(table_rows(size, peft, r)), flush=True)
+    for release, (peft, r) in itertools.product(RELEASES, METHODS_SHOWN):
+        print("\n".join(table_rows(release, peft, r)), flush=True)
 
 
 if __name__ == "__main__":
