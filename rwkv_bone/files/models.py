@@ -33,7 +33,13 @@ class Opened(NamedTuple):
 
     def parameters(self) -> dict[str, Tensor]:
         """The tensors by the model's names of its parameters."""
-        return {self.kind.parameter_name(name): tensor for name, tensor in self.tensors.items()}
+        return by_parameter(self.kind, self.sizes, self.tensors)
+
+
+def by_parameter(kind: type[LanguageModel], sizes: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by the model's names of its parameters, without copies. Constants that it holds keep their names."""
+    copies = kind.copies(sizes)
+    return {kind.parameter_name(name): tensor for name, tensor in tensors.items() if name not in copies}
 
 
 def open_model(path: str | Path) -> Opened:
@@ -67,7 +73,7 @@ def folder_of(path: str | Path) -> Folder | None:
     if is_folder(path):
         return open_folder(path)
     if os.path.isdir(path):
-        raise UserError(f"{path}: a folder without config.json; wanted a model's .pth, or a folder of Hugging Face transformers")
+        raise UserError(f"{path}: not a file, and no folder of Hugging Face transformers: it has no config.json")
     for kind in MODELS.values():
         if Path(path).suffix in kind.suffixes:
             check_file(path)
@@ -98,7 +104,8 @@ def load_model(
         model = opened.kind(opened.sizes, execution)
     model.file, model.fingerprint = os.fspath(path), fingerprint(opened.tensors)
     model.file_dtype = next(iter(opened.tensors.values())).dtype
-    placed = {name: t.to(device=device, dtype=dtype or t.dtype).contiguous() for name, t in opened.parameters().items()}
+    own, there = model.state_dict(), opened.parameters()
+    placed = {name: there[name].to(device=device, dtype=dtype or there[name].dtype).contiguous() for name in own}
     model.load_state_dict(placed, strict=True, assign=True)
     if opened.folder is not None:
         model.text = own_text(opened.folder)

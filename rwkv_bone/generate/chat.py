@@ -26,7 +26,10 @@ class Conversation:
     def ask(self, message: str, sampling: Sampling = DEFAULT, max_tokens: int = 1000, seed: int = 0, on_text=None) -> str:
         """The reply to a message. An interrupt (Ctrl-C) ends the reply, and what was said so far counts."""
         self.messages.append({"role": "user", "content": message})
-        tokens = [*self.unread, *self.tokenizer.encode(self.template.turn(self.messages))]
+        turn = self.template.turn(self.messages)
+        begin = () if self.template.whole else self.tokenizer.begin
+        encoded = self.tokenizer.encode_after(turn) if self.unread else [*begin, *self.tokenizer.encode(turn)]
+        tokens = [*self.unread, *encoded]
         if len(tokens) > 1:
             _, self.state = read(self.model, [tokens[:-1]], self.state)
         pieces: list[str] = []
@@ -45,7 +48,7 @@ class Conversation:
         reply = "".join(pieces).rstrip()
         # The state stands before the reply, which is read again with the next message: what was sampled may go beyond
         # its end (into "User:"), and is not always how the tokenizer cuts the text.
-        self.unread = [tokens[-1], *self.tokenizer.encode(reply + self.template.turn_end)]
+        self.unread = [tokens[-1], *self.tokenizer.encode_after(reply + self.template.turn_end)]
         self.messages.append({"role": "assistant", "content": reply.strip()})
         return reply
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files.adapters import Adapter
-from ..files.models import combine, file_tensors, fingerprint, open_model, sample
+from ..files.models import by_parameter, combine, file_tensors, fingerprint, open_model, sample
 from ..files.pth import Layout, Streamed
 from ..interop.rwkv_peft import UNAIDED, Foreign
 from ..peft import quant
@@ -101,9 +101,10 @@ class Merge:
         self.effects: list[dict[str, Effect]] = [{} for _ in adapters]  # of each adapter, by part
         self.check_bases()
         self.layout = self.make_layout(tensors)
-        self.parameter = {name: self.kind.parameter_name(name) for name in self.layout}
+        copies = self.kind.copies(self.sizes)
+        self.parameter = {name: copies.get(name) or self.kind.parameter_name(name) for name in self.layout}
         del tensors
-        self.base = Streamed(lambda: {self.kind.parameter_name(name): t for name, t in file_tensors(base).items()})
+        self.base = Streamed(lambda: by_parameter(self.kind, self.sizes, file_tensors(base)))
 
     @property
     def size(self) -> int:

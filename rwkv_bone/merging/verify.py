@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapters import Adapter
-from ..files.models import file_tensors
+from ..files.models import by_parameter, file_tensors
 from ..files.pth import Streamed
 from ..models import Execution, LanguageModel
 from ..peft.adapter import weight_and_bias
@@ -56,7 +56,7 @@ def empty_model(job: Merge, initial_state: bool = False) -> LanguageModel:
 @torch.no_grad()
 def verify(job: Merge, output: Path) -> str:
     """Compare base + adapters with the written file, on 32 tokens from all over the vocabulary."""
-    written = Streamed(lambda: {job.kind.parameter_name(name): t for name, t in file_tensors(output).items()})
+    written = Streamed(lambda: by_parameter(job.kind, job.sizes, file_tensors(output)))
     state = job.initial_state
     models = [
         Staged(empty_model(job), lambda name, _: job.base[name]),

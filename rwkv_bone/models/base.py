@@ -313,6 +313,11 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def copies(cls, sizes: Any) -> Mapping[str, str]:
+        """Tensors that a file may hold as copies of a parameter: their names there -> the parameter's here."""
+        return {}
+
+    @classmethod
     def shapes(cls, sizes: Any, initial_state: bool = False) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter, in the file's order; `initial_state`: with that of a state-tuned model."""
         with torch.device("meta"):

@@ -30,6 +30,7 @@ from ..errors import UserError
 from .base import USUAL, Execution, LanguageModel, Sizes
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+CONSTANTS = ("rotary_emb.inv_freq",)  # in older files, LLaMA 2's among them; transformers computes them
 # Settings under which logits are not the head's product alone, and the value at which they do nothing.
 HEAD_ONLY = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": None}
 
@@ -247,8 +248,14 @@ class HF(LanguageModel):
         made = read_config(config, source)
         build(config, source)
         sizes = HFSizes(made.vocab_size, made.num_hidden_layers, made.hidden_size, dict(config))
-        cls.check(sizes, tensors, source)
+        passed_over = {*cls.copies(sizes), *(name for name in tensors if name.endswith(CONSTANTS))}
+        cls.check(sizes, {name: t for name, t in tensors.items() if name not in passed_over}, source)
         return sizes
+
+    @classmethod
+    def copies(cls, sizes: HFSizes) -> Mapping[str, str]:
+        tied = read_config(sizes.config, "config.json").tie_word_embeddings
+        return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if tied else {}
 
     @classmethod
     def new_sizes(cls, **given: int) -> Any:

@@ -142,6 +142,8 @@ def inputs_of(config: TrainConfig) -> list[str]:
     if config.peft_checkpoint:
         named.append(str(sidecar(config.peft_checkpoint)))
     files = [path for path in named if path]
+    if os.path.isdir(config.load_model):
+        files += [entry.path for entry in os.scandir(config.load_model)]
     for data in (config.data_file, config.val_file):
         for pattern in data.split(","):
             ends = ("", ".bin", ".idx", ".mask.bin", "_text_document.bin", "_text_document.idx")

@@ -12,7 +12,7 @@ from ..files.models import load_model
 from ..interop.rwkv_peft import Foreign
 from ..models import MODELS, Execution, LanguageModel
 from ..peft import METHODS, inject, start_from_gradients
-from ..peft.adapter import adapters
+from ..peft.adapter import AdapterLinear, adapters
 from ..peft.lora_ga import LoraGaConfig
 from ..peft.quant import quantise_model
 from .loader import TrainingData
@@ -128,6 +128,8 @@ def adapt(
                 inject(model, method, options, parts, start=False)
         except UserError as error:
             raise UserError(f"--peft {config.peft}, --parts {' '.join(config.parts) or 'as usual'}: {error}") from None
+        if isinstance(model.head, AdapterLinear):
+            raise UserError(f"--parts {' '.join(config.parts)}: the head takes no adapter; --train_parts trains it in full")
         if engine.world > 1 and not config.dry_run:
             share_start(model, engine)
     try:
