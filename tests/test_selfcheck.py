@@ -234,6 +234,14 @@ def test_a_verdict_is_kept_for_its_library_gpu_driver_and_versions(gpu, tmp_path
     assert len(gpu.checked) == 4  # another time there may be memory
 
 
+def test_a_cache_that_cannot_be_written_is_no_obstacle(gpu, monkeypatch):
+    def full(path, **_):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(build, "lock", full)
+    assert selfcheck.verdict("wkv6", "chunk", BF16, 64, GPU).ok and gpu.checked == ["chunk"]
+
+
 def test_a_check_that_dies_or_hangs_is_a_verdict(monkeypatch):
     found = selfcheck.examine_apart("wkv6", "chunk", BF16, 64, GPU)
     if not torch.cuda.is_available():

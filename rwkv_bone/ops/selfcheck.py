@@ -237,18 +237,21 @@ def verdict(name: str, kernel: str, dtype: torch.dtype, N: int, device: torch.de
     where = circumstances(device)
     key = hashlib.sha256(repr((where, str(dtype), N)).encode()).hexdigest()[:8]
     file = library.with_name(f"{library.stem}-{str(dtype)[6:]}-{N}-{key}.json")
-    with build.lock(file.with_suffix(".lock")) if not file.exists() else contextlib.nullcontext():
-        if file.exists():
-            known = json.loads(file.read_text())
-            return Verdict(known["ok"], known["text"])
-        found = examine_apart(name, kernel, dtype, N, device)
-        if found.ok or "allowed" in found.text or "launches" in found.text:  # not what ended for want of memory or time
-            about = {"kernel": f"{name} {kernel}", "library": library.name, "dtype": str(dtype), "N": N, **where}
-            about |= {"date": str(datetime.date.today()), **dataclasses.asdict(found)}
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(about, indent=1) + "\n")
-            partial.replace(file)
-    return found
+    try:
+        with build.lock(file.with_suffix(".lock")) if os.name == "posix" and not file.exists() else contextlib.nullcontext():
+            if file.exists():
+                known = json.loads(file.read_text())
+                return Verdict(known["ok"], known["text"])
+            found = examine_apart(name, kernel, dtype, N, device)
+            if found.ok or "allowed" in found.text or "launches" in found.text:  # not what ended for want of memory or time
+                about = {"kernel": f"{name} {kernel}", "library": library.name, "dtype": str(dtype), "N": N, **where}
+                about |= {"date": str(datetime.date.today()), **dataclasses.asdict(found)}
+                partial = file.with_suffix(f".{os.getpid()}")
+                partial.write_text(json.dumps(about, indent=1) + "\n")
+                partial.replace(file)
+            return found
+    except OSError:  # the cache cannot be written: the verdict is this process's own
+        return examine_apart(name, kernel, dtype, N, device)
 
 
 def examine_apart(name: str, kernel: str, dtype: torch.dtype, N: int, device: torch.device) -> Verdict:
@@ -256,6 +259,7 @@ def examine_apart(name: str, kernel: str, dtype: torch.dtype, N: int, device: to
     arguments = [name, kernel, str(dtype)[6:], str(N), str(torch.device(device).index or 0)]
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "rwkv_bone.ops.selfcheck", *arguments]
+    print(f"rwkv-bone: checking {name.upper()}, {WORDS.get(kernel, 'CUDA kernels')}, on this GPU, once", file=sys.stderr)
     try:
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
