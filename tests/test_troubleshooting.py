@@ -100,7 +100,7 @@ MISTAKES = [  # what a new user types: the words after the command, and what is 
     (M, "--base_model base.pth --peft_checkpoint run --output m.pth", "run: not a file"),
     (M, "--base_model run/rwkv-0.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "this is no model known here"),
     (M, "--base_model wide.pth --peft_checkpoint run/rwkv-0.pth --output m.pth", "was trained on another base (base.pth)"),
-    (["generate"], "--model run/rwkv-0.pth --prompt a", "this is no model known here"),
+    (["generate"], "--model run/rwkv-0.pth --prompt a", "run/rwkv-0.pth is an adapter, not a model"),
     (["generate"], "--model base.pth", "give --prompt or --prompt_file, or --chat"),
     (["evaluate", "gsm8k"], "--model base.pth --data data.jsonl", "data.jsonl, line 1: "),
     (["plot"], "nothere", "nothere: No such file"),
@@ -108,7 +108,7 @@ MISTAKES = [  # what a new user types: the words after the command, and what is 
     (["data"], "data.jsonl made --vocabsize 257", "unknown flag --vocabsize; did you mean --vocab_size?"),
     (["compare"], "list.json", "list.json: wanted an object with steps, held_out, load_model, data_file"),
     (["demo"], "data.jsonl/x", "data.jsonl/x: cannot be made (Not a directory)"),
-    (["trian"], "", "no command 'trian'; there are train"),
+    (["trian"], "", "no command 'trian'; there are download, train"),
 ]
 
 
