@@ -279,7 +279,7 @@ def make_parser() -> tuple[Parser, list[str]]:
         description="Fine-tune an RWKV model with Bone or another method, or train one in full.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        epilog="Command lines of RWKV-PEFT and RWKV-LM (--bone_config, --lora, --my_testing, ...) are read too: see docs/rwkv-peft.md.",
+        epilog="Command lines of RWKV-PEFT and RWKV-LM (--lora, --my_testing, ...) are read too: see docs/rwkv-peft.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.elsewhere = ELSEWHERE
