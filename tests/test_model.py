@@ -11,7 +11,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.models import MODELS, recognise
-from tests.conftest import each_version
+from tests.conftest import SMALL_OF, each_version
 from tests.independent import rwkv_package
 
 LOSS = {"tiny-rwkv6-1m": 0.905476, "tiny-rwkv7-834k": 3.991262, "tiny-rwkv7-gsm8k": 1.212331}  # of the `rwkv` package
@@ -241,7 +241,7 @@ def only_without(part, tensors):
     [
         *(
             (version, *case)
-            for version in MODELS
+            for version in SMALL_OF
             for case in (
                 (partial(without, "blocks.1.ffn.value.weight"), "1 missing .*blocks.1.ffn.value.weight"),
                 (partial(with_, "blocks.1.att.extra", (1,)), "1 unknown .*blocks.1.att.extra"),
