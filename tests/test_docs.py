@@ -177,6 +177,16 @@ def test_the_commands_of_the_run_on_real_data_work(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_run_on_rwkv7_work(data, tmp_path):
+    shutil.copy(data / "tiny-rwkv7-gsm8k.pth", tmp_path)
+    (tmp_path / "math").mkdir()
+    rows = (data / "math" / "test.jsonl").read_text().splitlines(keepends=True)[:6]
+    for name in ("math/train.jsonl", "test100.jsonl"):
+        (tmp_path / name).write_text("".join(rows))
+    assert run_page("rwkv7.md", tmp_path) == 5
+
+
+@pytest.mark.slow
 def test_the_commands_for_several_devices_work(tmp_path):
     make_world(tmp_path)
     shutil.copy(tmp_path / "data.jsonl", tmp_path / "mine.jsonl")
