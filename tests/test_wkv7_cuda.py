@@ -78,17 +78,17 @@ def both(libraries, monkeypatch):
     return run_both
 
 
-def gate(kernel, dtype, regime):
+def gate(kernel, dtype):
     """Relative L2. Rounding a result to bf16 alone gives 1.7e-3; the chunk kernel rounds the factors of its products too."""
     if dtype == FP32:
         return 2e-6
-    return 4e-3 if kernel == "sequential" else 1.2e-2 if regime == "repeat" else 6e-3
+    return 4e-3 if kernel == "sequential" else 6e-3
 
 
-def assert_equals_reference(both, kernel, inputs, gy, g_final, regime="random"):
+def assert_equals_reference(both, kernel, inputs, gy, g_final):
     got = both(kernel, inputs, gy, g_final)
     errors = {name: error(got[name], want) for name, want in reference(inputs, gy, g_final).items()}
-    too_large = {name: x for name, x in errors.items() if not x <= gate(kernel, inputs[0].dtype, regime)}  # NaN is not <=
+    too_large = {name: x for name, x in errors.items() if not x <= gate(kernel, inputs[0].dtype)}  # NaN is not <=
     assert not too_large
     return got
 
@@ -101,7 +101,7 @@ REGIMES = ("random", "strong", "weak", "repeat")
 )
 @pytest.mark.parametrize("regime", REGIMES)
 def test_sequential_equals_the_definition(both, dtype, w_dtype, regime, T):
-    assert_equals_reference(both, "sequential", *make_inputs(2, T, 2, 8, regime, dtype, w_dtype), regime)
+    assert_equals_reference(both, "sequential", *make_inputs(2, T, 2, 8, regime, dtype, w_dtype))
 
 
 @pytest.mark.parametrize("N", [1, 5, 16, 17, 64, 65, 128])
@@ -112,7 +112,12 @@ def test_sequential_takes_any_head_size(both, N):
 @pytest.mark.parametrize("T, w_dtype", [(1, BF16), (15, FP32), (17, BF16), (63, FP32), (130, BF16)])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_chunk_equals_the_definition(both, w_dtype, regime, T):
-    assert_equals_reference(both, "chunk", *make_inputs(1, T, 2, 64, regime, BF16, w_dtype), regime)
+    assert_equals_reference(both, "chunk", *make_inputs(1, T, 2, 64, regime, BF16, w_dtype))
+
+
+def test_chunk_stays_exact_where_one_token_comes_again_and_again(both):
+    # the state grows and what is removed from it does not: 1.4e-2 after 1,600 tokens with the states rounded to bf16 there
+    assert_equals_reference(both, "chunk", *make_inputs(1, 800, 1, 64, "repeat", BF16, FP32))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
