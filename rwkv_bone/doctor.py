@@ -40,6 +40,9 @@ OPTIONAL = {
     "matplotlib": "pictures of runs",
     "math-verify": "grading answers of GSM8K and MATH",
     "bitsandbytes": "--quant nf4",
+    "transformers": "models of Hugging Face",
+    "gguf": "reading and writing .gguf",
+    "huggingface_hub": "rwkv-bone download",
 }
 GIB = 1 << 30
 

@@ -44,7 +44,7 @@ def test_a_machine_that_runs_the_tests_can_train(capsys):
 def test_the_packages_are_those_of_pyproject():
     text = (ROOT / "pyproject.toml").read_text()
     required = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
-    assert set(re.findall(r'"(.+?)"', required)) == {name + wanted for name, (wanted, _, _) in doctor.REQUIRED.items()}
+    assert set(re.findall(r'"([^";]+)[^"]*"', required)) == {name + wanted for name, (wanted, _, _) in doctor.REQUIRED.items()}
     extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^test = ", text, re.MULTILINE | re.DOTALL)[1]
     assert set(re.findall(r'"([\w-]+)', extras)) == set(doctor.OPTIONAL)
     assert f'requires-python = "{doctor.PYTHON.split(",")[0]}' in text
