@@ -25,6 +25,7 @@ from rwkv_bone.files.adapters import load_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.peft import METHODS, inject
 from tests.conftest import small_model
+from tests.fuzz import altered, written
 from tests.runs import make_world
 
 SHAPES = Counter({(16, 24): 8, (24, 16): 2, (40, 24): 2, (24, 40): 2, (24, 24): 2})
@@ -304,7 +305,8 @@ def test_a_run_that_dies_is_told_and_the_others_are_kept(world, done, tmp_path, 
 
 
 def test_a_rate_that_diverges_is_recorded_and_not_chosen(world, tmp_path):
-    config = write(world, "diverges.json", methods={"lora": {"r": 2}, "none": {}}, lrs=[1e-3, 1e30], seeds=[0], budget="lora")
+    methods = {"lora": {"r": 2, "lrs": [1e-3, 1e30]}, "none": {}}
+    config = write(world, "diverges.json", methods=methods, lrs=[1e-3], seeds=[0], budget="lora")
     compare.main([str(config), "--out", str(tmp_path)])
     found = {(r["method"], r["lr"]): r for r in records(tmp_path)}
     assert "step 2: loss" in found["lora", 1e30]["diverged"] and found["lora", 1e30]["held_out_loss"] == math.inf
@@ -336,56 +338,17 @@ def test_a_bad_config_is_told_in_one_line(world, tmp_path, more, message):
     assert "\n" not in str(error.value)
 
 
-ODD = (None, True, -1, 0, 10**30, 1.5, -math.inf, math.nan, 1e300, "", "x", "\0", "\ud800", "a" * 4001, [], [[]], ["x"], {},
-       {"x": []})  # fmt: skip
-
-
-def mutated(value, choose):
-    """The value with one part of it, at any depth, exchanged, removed or doubled."""
-    if isinstance(value, dict) and value and choose.random() < 0.85:
-        value, name = dict(value), choose.choice(list(value))
-        change = choose.random()
-        if change < 0.1:
-            del value[name]
-        elif change < 0.2:
-            value[choose.choice(["x", "base", "lrs", "\0", *value])] = value[name]
-        else:
-            value[name] = mutated(value[name], choose)
-        return value
-    if isinstance(value, list) and value and choose.random() < 0.5:
-        place = choose.randrange(len(value))
-        return [*value[:place], mutated(value[place], choose), *value[place + choose.randint(0, 1) :]]
-    return choose.choice(ODD)
-
-
-def test_whatever_a_config_holds_it_is_taken_or_refused_in_a_line(world, tmp_path):
-    usual, choose, taken = json.loads(write(world, val_split=0.0, parts=["att"], budget="bone").read_text()), random.Random(0), 0
-    for _ in range(300):
-        (tmp_path / "c.json").write_text(json.dumps(mutated(usual, choose)))
-        try:
-            study = Study(Comparison.read(tmp_path / "c.json"), tmp_path / "out")
-            assert study.describe() and study.to_do()
-            taken += 1
-        except UserError as error:
-            assert "\n" not in str(error)
-    assert 10 < taken < 150
-    for text in ("[" * 10**5, "{}", '{"steps": ' + "1" * 5000 + "}", "\x00", ""):
-        (tmp_path / "c.json").write_text(text)
-        with pytest.raises(UserError):
-            Comparison.read(tmp_path / "c.json")
-
-
 def test_whatever_runs_jsonl_holds_it_is_read_or_its_line_is_named(world, done, tmp_path):
     comparison, rows, choose, read = Comparison.read(write(world)), records(done), random.Random(1), 0
     study = Study(comparison, tmp_path / "out")
-    for _ in range(200):
+    for _ in range(120):
         number = choose.randrange(len(rows))
-        changed = [mutated(row, choose) if i == number else row for i, row in enumerate(rows)]
-        study.file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        changed = [altered(choose, row) if i == number else row for i, row in enumerate(rows)]
+        study.file.write_bytes(b"".join(written(row) + b"\n" for row in changed))
         try:
             study.done = study.read()
             assert study.describe() and markdown(table_rows(study), study.reference, True)
             read += 1
         except UserError as error:
             assert f"line {number + 1} is damaged" in str(error)
-    assert 10 < read < 150
+    assert 5 < read < 100

@@ -1,6 +1,7 @@
 """Files of rows: every kind gives the same, defects are named by file and line, and the command writes what others read."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -9,20 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_bone.data import files
+from rwkv_bone.data import files, jsonl_to_binidx
 from rwkv_bone.data.binidx import BinidxDocuments, BinidxWriter
 from rwkv_bone.data.documents import data_of
 from rwkv_bone.data.encode import RowEncoder, encode_files
 from rwkv_bone.data.files import find_files
-from rwkv_bone.data.jsonl_to_binidx import Progress, convert
+from rwkv_bone.data.jsonl_to_binidx import convert
 from rwkv_bone.data.tokenizer import ByteTokenizer
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import UserError, run
+from tests.runs import forked
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -155,6 +158,7 @@ def test_line_numbers_hold_across_batches(tmp_path, monkeypatch):
 scraps = st.lists(st.sampled_from(['{"text":', '"a"', "}", "[", "]", "\n", "null", ",", '{"text": "b"}', '"', "text"]))
 
 
+@settings(max_examples=40)
 @given(st.binary(max_size=60) | scraps.map("".join).map(str.encode))
 def test_any_bytes_give_documents_or_a_user_error(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("b")
@@ -176,9 +180,12 @@ def test_an_endless_line_is_not_read_to_its_end(tmp_path, monkeypatch):
 # --- the command
 
 
-def command(*args, **options):
-    argv = [sys.executable, "-m", "rwkv_bone.data.jsonl_to_binidx", *map(str, args)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120, **options)
+def command(*args, cwd=None) -> SimpleNamespace:
+    def work() -> None:
+        os.chdir(cwd or ".")
+        run(lambda: jsonl_to_binidx.main(list(map(str, args))))
+
+    return forked(work)
 
 
 @shared
@@ -260,8 +267,7 @@ def test_existing_files_need_overwrite(tmp_path):
     assert command(path, tmp_path / "o", "--vocab_size", 257, "--overwrite").returncode == 0
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGKILL, 2)])
 def test_a_run_that_is_stopped_leaves_no_file_of_that_name_and_no_process(tmp_path, number, workers):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "%s"}\n' % (b"a long line " * 80) * 40_000)  # 39 MB: seconds of work
@@ -283,24 +289,16 @@ def test_a_run_that_is_stopped_leaves_no_file_of_that_name_and_no_process(tmp_pa
     assert not [child for child in children if os.path.exists(f"/proc/{child}")], "workers outlive the command"
 
 
-KILLED = """
-import os, signal, sys
-from rwkv_bone.data import files, jsonl_to_binidx as program
-files.BATCH_BYTES, program.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
-def report(self, *_):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-program.Progress.__call__ = report
-program.main(sys.argv[2:])
-"""
+def killed(after: int, *args) -> SimpleNamespace:
+    """Run the command with a save after each small batch and SIGKILL at its `after`-th batch; 0: to the end."""
+    reports = itertools.count(1)
 
+    def work() -> None:
+        files.BATCH_BYTES, jsonl_to_binidx.SAVE_SECONDS = 2000, 0
+        jsonl_to_binidx.Progress.update = lambda *_: next(reports) == after and os.kill(os.getpid(), signal.SIGKILL)
+        jsonl_to_binidx.main([*map(str, args), "--vocab_size", "257"])
 
-def killed(after: int, *args) -> subprocess.CompletedProcess:
-    """Run the command with a save after each small batch and SIGKILL at its `after`-th report; 0: to the end."""
-    argv = [sys.executable, "-c", KILLED, after, *args, "--vocab_size", 257]
-    return subprocess.run([str(arg) for arg in argv], capture_output=True, text=True, check=False)
+    return forked(work)
 
 
 def lots(path: Path, count: int, masked_from: int) -> str:
@@ -311,15 +309,15 @@ def lots(path: Path, count: int, masked_from: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("names", [["x.jsonl"], ["x.jsonl.gz"], ["x.jsonl.gz", "y.jsonl"]], ids=" ".join)
+@pytest.mark.parametrize("names, workers", [(["x.jsonl"], 1), (["x.jsonl.gz", "y.jsonl"], 1), (["x.jsonl.gz", "y.jsonl"], 2)])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, names, workers):
     inputs = [lots(tmp_path / name, 1000, masked_from=100 if i == 0 else 0) for i, name in enumerate(names)]
-    assert killed(0, *inputs, tmp_path / "whole").returncode == 0
+    of_whole = killed(0, *inputs, tmp_path / "whole")
+    assert of_whole.returncode == 0
     outputs, before = [], 0
-    for after in (2, 4, 5, 6, 0):  # 4: the first report is of what was there
+    for after in (1, 3, 5, 0):
         done = killed(after, *inputs, tmp_path / "parts", "--workers", workers)
-        assert done.returncode == (-signal.SIGKILL if after else 0), done.stderr
+        assert done.returncode == (-signal.SIGKILL if after else 0), done.stdout
         assert not (tmp_path / "parts.idx").exists() or not after
         outputs.append(done.stdout)
         for left in tmp_path.glob("parts*part"):  # what was written after the last save, in part
@@ -332,15 +330,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, names, workers):
     for end in (".bin", ".idx", ".mask.bin"):
         assert (tmp_path / f"parts{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
     assert not list(tmp_path.glob("*part")) and not list(tmp_path.glob("*.tmp"))
-    of_whole, of_parts = (killed(0, *inputs, tmp_path / name, "--overwrite").stdout for name in ("whole", "parts"))
-    assert of_whole.splitlines()[:4] == of_parts.splitlines()[:4]
-    assert outputs[-1].splitlines()[1:5] == of_whole.splitlines()[:4]  # the counts are those of all
+    assert outputs[-1].splitlines()[1:5] == of_whole.stdout.splitlines()[:4]  # the counts are those of all
 
 
 @pytest.mark.parametrize("change", ["input", "option", "lost", "torn"])
 def test_a_killed_run_begins_anew_where_an_input_or_an_option_changed(tmp_path, change):
     path = lots(tmp_path / "x.jsonl", 300, masked_from=100)
-    assert killed(3, path, tmp_path / "parts").returncode == -signal.SIGKILL
+    assert killed(2, path, tmp_path / "parts").returncode == -signal.SIGKILL
     options = ["--loss_mask", "all"] if change == "option" else []
     if change == "input":
         lots(tmp_path / "x.jsonl", 300, masked_from=99)
@@ -382,33 +378,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split("peak")[1]))
     assert peaks[1] < peaks[0] + 4096, "KiB; the file grew by 20 MB"
-
-
-class Terminal:
-    def __init__(self, tty):
-        self.tty, self.text = tty, ""
-
-    def isatty(self):
-        return self.tty
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    bar, plain = Terminal(True), Terminal(False)
-    for stream in (bar, plain):
-        progress = Progress(stream)
-        for done in range(0, 101, 10):
-            progress(done, 100, done)
-        progress.close()
-    assert "100 documents" in bar.text and bar.text.count("\n") == 1
-    assert "\r" not in plain.text and 2 <= plain.text.count("\n") <= 5 and "50%, 50 documents" in plain.text
 
 
 @pytest.mark.parametrize("name, content", [

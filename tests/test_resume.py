@@ -3,12 +3,16 @@
 import csv
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from rwkv_bone.config import TrainConfig
+from rwkv_bone.errors import UserError
 from rwkv_bone.training import loop, resume
 from rwkv_bone.training.outputs import RunFolder
 from rwkv_bone.training.resume import load_state
@@ -58,20 +62,22 @@ def resume_until_the_end(world, name: str, deaths, ranks: int = 1) -> int:
     raise AssertionError(f"did not end: {ended.said}")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_killed_at_any_file_operation_goes_on_bitwise(world, unbroken, seed):
     counts = random.Random(seed).choices(range(1, 50), k=50)
     folder = world / f"killed{seed}"
     assert resume_until_the_end(world, folder.name, [DieAt(folder, count) for count in counts]) >= 3
     assert_same_run(unbroken, folder)
     assert not list(folder.glob("**/*.tmp"))
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(int(row["step"]), float(row["loss"])) for row in rows] == losses(unbroken)  # every step once
 
 
 def test_validation_is_part_of_what_goes_on(world):
     flags = (*FLAGS, "--val_split", "0.2", "--val_every", 1, "--lr_schedule", "cos", "--warmup_steps", 4)
     assert run_to_end(world, *flags, name="val").codes == [0]
     folder = world / "val_killed"
-    for count in (19, 31, 26, 40, None):
+    for count in (19, 31, 40, None):
         ended = run_to_end(world, *flags, name=folder.name, before=count and DieAt(folder, count))
         assert ended.codes == [-signal.SIGKILL if count else 0], ended.said
     assert_same_run(world / "val", folder)
@@ -91,7 +97,7 @@ def test_a_run_that_ended_early_stays_ended(world):
 def test_a_run_that_is_killed_at_any_time_goes_on_bitwise(world, unbroken):
     chance = random.Random(0)
     folder = world / "any_time"
-    for _ in range(6):
+    for _ in range(4):
         run = Processes(arguments(world, *FLAGS, name=folder.name), folder)
         while run.processes[0].is_alive() and not (folder / "loss_data.jsonl").exists():
             time.sleep(0.005)
@@ -105,7 +111,7 @@ def test_a_run_that_is_killed_at_any_time_goes_on_bitwise(world, unbroken):
 @pytest.mark.slow
 def test_two_devices_of_which_the_first_is_killed_go_on_bitwise(world, unbroken_on_two):
     folder = world / "killed_on_two"
-    deaths = [DieAt(folder, count) for count in (9, 31, 24, 17)]
+    deaths = [DieAt(folder, count) for count in (9, 31, 24)]
     assert resume_until_the_end(world, folder.name, deaths, ranks=2) >= 2
     assert_same_run(unbroken_on_two, folder)
 
@@ -191,9 +197,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(world, unbroken):
     assert_same_run(unbroken, world / name)
 
 
-def test_where_every_checkpoint_is_damaged_nothing_is_lost(world):
+def test_where_every_checkpoint_is_damaged_nothing_is_lost(world, unbroken):
     name = "all_damaged"
-    run_to_end(world, *FLAGS, name=name)
+    shutil.copytree(unbroken, world / name)
     for step in steps_saved(world / name):
         checkpoint(world / name, step).write_bytes(b"PK")
     files = {path: path.stat().st_mtime for path in (world / name).rglob("*.*")}
@@ -248,15 +254,8 @@ def test_results_without_a_checkpoint_are_not_overwritten(world, unbroken):
     ("flags", "message"),
     [
         (("--micro_bsz", "3"), "--micro_bsz"),
-        (("--ctx_len", "16"), "--ctx_len"),
         (("--r", "4"), "--peft_options"),
         (("--loss_mask", "all"), "--loss_mask"),
-        (("--encoding", "utf-16-le"), "--encoding"),
-        (("--tokenizer", "byte"), "--tokenizer"),
-        (("--template", "g1"), "--template"),
-        (("--fields", "text=text"), "--fields"),
-        (("--train_type", "infctx", "--chunk_ctx", "16"), "--train_type"),
-        (("--optim", "adamw", "--accumulate_grad_batches", "1"), "--accumulate_grad_batches"),
         (("--devices", "2"), "devices"),
     ],
 )
@@ -267,13 +266,28 @@ def test_a_run_goes_on_only_as_it_was_begun(world, unbroken, flags, message):
     assert checkpoint(unbroken, STEPS).read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [
+    "--ctx_len 16", "--encoding utf-16-le", "--tokenizer byte", "--template g1", "--fields text=t", "--format text",
+    "--data_rows 1:", "--dataload pack", "--train_type infctx", "--accumulate_grad_batches 1", "--random_seed 2",
+    "--val_split 0.1", "--optim sgd",
+])  # fmt: skip
+def test_all_that_decides_what_is_trained_must_agree(world, flags):
+    def invariants(*more):
+        config = TrainConfig.from_argv(arguments(world, *FLAGS, *more))
+        return resume.invariants(SimpleNamespace(fingerprint=""), SimpleNamespace(invariants=dict), config, 1)
+
+    resume.check_invariants(invariants(), invariants("--lr_init", "1"))
+    with pytest.raises(UserError, match=f"the run was begun with {flags.split()[0]} "):
+        resume.check_invariants(invariants(), invariants(*flags.split()))
+
+
 def test_an_early_end_that_is_killed_at_any_file_operation_still_gets_its_result(world):
     flags = (*FLAGS, "--val_split", "0.2", "--val_every", 1, "--patience", 1, "--lr_init", "0")
     assert run_to_end(world, *flags, name="early").codes == [0]
     whole = world / "early"
     assert len(losses(whole)) == 2 and (whole / "rwkv-0.pth").exists()
     killed = 0
-    for count in range(24, 60, 5):
+    for count in range(24, 60, 9):
         folder = world / f"early{count}"
         codes = run_to_end(world, *flags, name=folder.name, before=DieAt(folder, count)).codes
         if codes == [0]:
@@ -281,25 +295,13 @@ def test_an_early_end_that_is_killed_at_any_file_operation_still_gets_its_result
         killed += 1
         assert run_to_end(world, *flags, name=folder.name).codes == [0]
         assert_same_run(whole, folder)
-    assert killed > 3
+    assert killed > 1
 
 
-def test_the_csv_of_a_resumed_run_has_every_step_once(world, unbroken):
-    name = "csv"
-    run_to_end(world, *FLAGS, name=name, before=DieAt(world / name, 27))
-    run_to_end(world, *FLAGS, name=name)
-    rows = list(csv.DictReader((world / name / "metrics.csv").open()))
-    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
-    assert [float(row["loss"]) for row in rows] == [loss for _, loss in losses(unbroken)]
-
-
-def test_a_new_seed_each_time_is_kept_when_the_run_goes_on(world):
-    flags = [*FLAGS, "--random_seed", "-1"]
-    seeds = []
-    for name in ("seed1", "seed2"):
-        assert run_to_end(world, *flags, name=name, before=DieAt(world / name, 27)).codes == [-signal.SIGKILL]
-        seeds.append(load_state(checkpoint(world / name, steps_saved(world / name)[0]))["seed"])
-        assert run_to_end(world, *flags, name=name).codes == [0]
-        assert load_state(checkpoint(world / name, STEPS))["seed"] == seeds[-1]
-    assert seeds[0] != seeds[1]
-    assert losses(world / "seed1") != losses(world / "seed2")
+def test_a_new_seed_is_drawn_and_kept_when_the_run_goes_on(world, unbroken):
+    flags, folder = [*FLAGS, "--random_seed", "-1"], world / "seed"
+    assert run_to_end(world, *flags, name="seed", before=DieAt(folder, 27)).codes == [-signal.SIGKILL]
+    seed = load_state(checkpoint(folder, steps_saved(folder)[0]))["seed"]
+    assert run_to_end(world, *flags, name="seed").codes == [0]
+    assert load_state(checkpoint(folder, STEPS))["seed"] == seed > 0
+    assert losses(folder) != losses(unbroken)

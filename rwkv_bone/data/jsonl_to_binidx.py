@@ -15,11 +15,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from tqdm import tqdm
-
 from .. import __version__
 from ..errors import Parser, UserError, run
-from ..terminal import clock
+from ..terminal import Progress
 from .binidx import BinidxWriter, prefix_of
 from .documents import data_of
 from .encode import LOSS_MASKS, RowEncoder, encode_files, parse_fields
@@ -56,16 +54,14 @@ def identity(paths: list[str], encoder: RowEncoder, dtype: str) -> str:
 
 
 def convert(
-    inputs, output, encoder: RowEncoder, dtype="auto", workers: int = 0, overwrite: bool = False, report=None, say=None,
-    data_type: str = "auto",
-) -> Summary:  # fmt: skip
+    inputs, output, encoder: RowEncoder, dtype="auto", workers: int = 0, overwrite: bool = False, data_type="auto", say=None
+) -> Summary:
     """Writes the binidx `output` from files of rows or texts; globs and folders may be among them.
 
     data_type "jsonl" or "utf-8", or "auto": by the endings
     dtype     "uint16", "int32", or "auto": uint16 where the vocabulary fits
     workers   processes; 0 = all cores for more than a few MB
-    report    called with (bytes read, bytes in all, documents so far)
-    say       called with a line about an earlier run that was interrupted
+    say       called with a line about an earlier run that was interrupted; None: nothing is said and no progress shown
     """
     start = time.perf_counter()
     inputs, data_type = data_of(inputs, data_type)
@@ -84,18 +80,18 @@ def convert(
             say(f"{writer.prefix}.part: going on after {len(writer.sizes):,} documents that an interrupted run wrote")
         if say and writer.began_anew:
             say(f"{writer.prefix}.part: an interrupted run had another input or other options; beginning anew")
-        if report:
-            report(read_before, total, len(writer.sizes))
         saved_at = time.monotonic()
-        with contextlib.closing(encode_files(paths, encoder, workers, Place(*place), data_type == "utf-8")) as batches:
+        progress = Progress(total, read_before, "B") if say else None
+        encoded = encode_files(paths, encoder, workers, Place(*place), data_type == "utf-8")
+        with progress or contextlib.nullcontext(), contextlib.closing(encoded) as batches:
             for batch in batches:
                 writer.extend(batch.tokens, batch.sizes, batch.mask)
                 tally.add(batch.tally)
                 if time.monotonic() - saved_at >= SAVE_SECONDS:
                     writer.save((batch.end, batch.read, asdict(tally)))
                     saved_at = time.monotonic()
-                if report:
-                    report(batch.read, total, len(writer.sizes))
+                if progress:
+                    progress.update(batch.read, f"{len(writer.sizes):,} documents")
         if not writer.sizes:
             raise UserError(f"{paths[0]}: no document; {tally.nothing()}; nothing is written")
     seconds, read = time.perf_counter() - start, total - read_before
@@ -104,33 +100,6 @@ def convert(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Progress:
-    """A bar where the stream is a terminal, else a plain line every ten seconds."""
-
-    def __init__(self, stream=None):
-        self.stream = stream or sys.stderr
-        self.bar: tqdm | None = None
-        self.shown = self.start = time.monotonic()
-        self.before: int | None = None  # read by an earlier run
-
-    def __call__(self, done: int, total: int, documents: int) -> None:
-        self.before = done if self.before is None else self.before
-        if self.stream.isatty():
-            if self.bar is None:
-                self.bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, file=self.stream, dynamic_ncols=True)
-            self.bar.set_postfix_str(f"{documents:,} documents", refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif (now := time.monotonic()) - self.shown >= 10:
-            self.shown, speed = now, (done - self.before) / (now - self.start)
-            left = clock((total - done) / max(speed, 1e-9))
-            text = f"{done / total:.0%}, {documents:,} documents, {speed / 1e6:.1f} MB/s, {left} left"
-            print(text, file=self.stream, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def main(argv=None) -> None:
@@ -157,13 +126,7 @@ def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves by the same doors as an error: nothing half-written stays
     tokenizer = open_tokenizer(args.tokenizer, args.vocab_size, args.vocab_file, args.encoding)
     encoder = RowEncoder(tokenizer, Template.open(args.template), parse_fields(args.fields), args.format, args.loss_mask)
-    progress = Progress()
-    try:
-        summary = convert(
-            args.inputs, args.output, encoder, args.dtype, args.workers, args.overwrite, progress, print, args.data_type
-        )
-    finally:
-        progress.close()
+    summary = convert(args.inputs, args.output, encoder, args.dtype, args.workers, args.overwrite, args.data_type, print)
     print(f"documents  {summary.documents:,}")
     for line in summary.tally.lines():
         print(f"           {line}")

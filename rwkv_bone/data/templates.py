@@ -123,9 +123,9 @@ class Template:
         if not (isinstance(config, dict) and isinstance(config.get("chat_template"), str)):
             raise UserError(f"the template {which} is JSON, an earlier form; templates are jinja2 files now: begin with a copy "
                             f"of {FOLDER / 'world.jinja'}, and name your fields by --fields")  # fmt: skip
-        tokens = {name: config.get(name) or "" for name in ("bos_token", "eos_token")}
-        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
-        return cls(str(which), config["chat_template"], tokens)
+        given = {name: config.get(name) for name in ("bos_token", "eos_token")}
+        tokens = {name: t.get("content") if isinstance(t, dict) else t for name, t in given.items()}
+        return cls(str(which), config["chat_template"], {name: t if isinstance(t, str) else "" for name, t in tokens.items()})
 
     @classmethod
     def of_model(cls, text: Any, usual: str) -> "Template":

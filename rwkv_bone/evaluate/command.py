@@ -90,7 +90,8 @@ def open_results(args: argparse.Namespace, model: LanguageModel, settings: dict[
         "dtype": str(model.dtype),
         "tokenizer": [args.tokenizer, args.encoding],
     }
-    results = Results(path, {**same, **settings}, args.overwrite)
+    kinds = loss.ITEM if args.task == "loss" else problems.ITEM
+    results = Results(path, {**same, **settings}, args.overwrite, kinds)
     if results.done:
         print(f"{len(results.done):,} items are taken from {results.path}; --overwrite starts anew", file=sys.stderr, flush=True)
     return results

@@ -94,6 +94,9 @@ def token_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tenso
     return out
 
 
+ITEM = {"nll": int | float, "counted": int, "tokens": int, "bytes": int | None, "masked": bool}
+
+
 def measure(
     model: LanguageModel,
     documents: Documents,

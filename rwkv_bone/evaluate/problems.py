@@ -74,6 +74,9 @@ def read_shots(
     return read(model, [[*begin, *tokens]])[1] if tokens else None
 
 
+ITEM = {"group": str, "correct": bool, "answer": str | None, "gave_up": bool, "reason": str, "tokens": int, "expected": str}
+
+
 def solve(
     grader: Grader,
     model: LanguageModel,

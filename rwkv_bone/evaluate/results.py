@@ -13,10 +13,13 @@ from ..errors import UserError
 
 
 class Results:
-    """The file at `path`, open for more items. `done`: ids of the items that it holds."""
+    """The file at `path`, open for more items. `done`: ids of the items that it holds.
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], overwrite: bool = False):
-        self.path = Path(path)
+    kinds   the names of an item's values, and their types
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], overwrite: bool = False, kinds: Mapping[str, Any] = {}):
+        self.path, self.kinds = Path(path), {"id": int, **kinds}
         self.done: set[int] = set()
         settings = json.loads(json.dumps(settings))  # as it is read back: tuples are lists
         try:
@@ -40,15 +43,22 @@ class Results:
                 try:
                     row = json.loads(line)
                     if number:
+                        self._check_item(row)
                         self.done.add(row["id"])
                     elif row != settings:
                         self._refuse(row, settings)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     if isinstance(error, UserError):
                         raise
                     raise UserError(f"{self.path}, line {number + 1} is no result; give another --out, or --overwrite") from None
                 size += len(line)
         return size
+
+    def _check_item(self, row: Any) -> None:
+        for name, kind in self.kinds.items():
+            value = row[name]
+            if not isinstance(value, kind) or (isinstance(value, int | float) and not 0 <= value < 1e300):
+                raise ValueError
 
     def _refuse(self, there: Any, wanted: Mapping[str, Any]) -> None:
         there = there if isinstance(there, dict) else {}

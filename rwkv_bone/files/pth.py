@@ -96,7 +96,7 @@ class Streamed(Mapping[str, Tensor]):
     def __init__(self, open_: Callable[[], dict[str, Tensor]], budget: int = 32 << 20):
         self.open, self.read = open_, 0
         self.tensors = open_()
-        self.budget = max(budget, *(tensor.nbytes for tensor in self.tensors.values()))
+        self.budget = max([budget, *(tensor.nbytes for tensor in self.tensors.values())])
 
     def __getitem__(self, name: str) -> Tensor:
         size = self.tensors[name].nbytes

@@ -48,6 +48,8 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         metadata = header.pop("__metadata__", {})
+        if not header:
+            raise ValueError("it holds no tensor")
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
         return {name: view(mapped, name, entry) for name, entry in header.items()}, metadata
     except FileNotFoundError:

@@ -101,8 +101,7 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     engine.barrier()
     if restored is not None:
         run, own = restored
-        engine.load_optimiser_state((own if engine.sharded else run["own"])["optimiser"])
-        resume.set_random_state(own["random"])
+        resume.restore_optimiser(engine, run, own)
     elif engine.rank:  # each device drops other units
         torch.manual_seed(seed + engine.rank)
     del restored  # tensors of the checkpoint

@@ -65,11 +65,13 @@ def newest(folder: RunFolder, rank: int = 0) -> tuple[dict[str, Any], dict[str, 
     for step in steps:
         try:
             run = load_state(folder / name_of(step))
+            if not is_run(run, step):
+                raise TypeError
             devices = run["invariants"]["devices"]
             for other in range(1, devices):
                 check_sums(folder / name_of(step, other))
             return run, load_state(folder / name_of(step, rank)) if 0 < rank < devices else run["own"]
-        except (UserError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, KeyError, TypeError) as error:
             if rank == 0:
                 what = error if isinstance(error, UserError) else f"{folder / name_of(step)}: not a checkpoint of this program"
                 print(f"warning: {what}; taking the checkpoint before", file=sys.stderr)
@@ -77,6 +79,21 @@ def newest(folder: RunFolder, rank: int = 0) -> tuple[dict[str, Any], dict[str, 
         cure = "--overwrite without --resume begins anew"
         raise UserError(f"{folder / 'checkpoints'}: none of {len(steps)} checkpoints is whole; {cure}")
     return None
+
+
+def is_run(state: Mapping[str, Any], step: int) -> bool:
+    """Whether a file's content is the first device's part of the checkpoint of step `step`, by its types."""
+    kinds = {"step": int, "seed": int, "invariants": dict, "trained": dict, "own": dict, "log_bytes": dict, "epoch_sums": list}
+    if any(type(state.get(name)) is not kind for name, kind in kinds.items()) or state["step"] != step or state["seed"] < 0:
+        return False
+    plain = (*state["invariants"].values(), *state["log_bytes"].values(), *state["epoch_sums"])
+    named = [name for part in ("invariants", "trained", "log_bytes") for name in state[part]]
+    return (
+        all(isinstance(t, torch.Tensor) for t in state["trained"].values())
+        and all(isinstance(value, str | int | float | tuple | list | dict) for value in plain)
+        and all(isinstance(name, str) for name in named)
+        and len(state["epoch_sums"]) == 2
+    )
 
 
 def save(folder: RunFolder, engine: Engine, step: int, run: dict[str, Any], own: dict[str, Any], keep_last: int) -> None:
@@ -103,6 +120,19 @@ def clear(folder: RunFolder, after: int) -> None:
     whole = {step for step in steps_saved(folder) if step <= after}
     names = {name: re.match(r"checkpoints/step-(\d+)\.", name) for name in folder.files}
     folder.remove([name for name, match in names.items() if match and int(match[1]) not in whole])
+
+
+def restore_optimiser(engine: Engine, run: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """The optimiser's state and the random numbers of this device."""
+    try:
+        engine.load_optimiser_state((own if engine.sharded else run["own"])["optimiser"])
+        for parameter, state in () if engine.sharded else engine.optimiser.state.items():
+            if odd := [t for t in state.values() if isinstance(t, torch.Tensor) and t.numel() > 1 and t.shape != parameter.shape]:
+                raise ValueError(f"{tuple(odd[0].shape)} for {tuple(parameter.shape)}")
+        set_random_state(own["random"])
+    except Exception as error:  # whatever torch raises of a state of another shape
+        what = f"the checkpoint of step {run['step']} does not fit this run ({reason(error)})"
+        raise UserError(f"--resume: {what}; remove it, and the one before is taken") from None
 
 
 def random_state() -> dict[str, Any]:
