@@ -25,6 +25,19 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 COLUMNS = ("step", "epoch", "loss", "lr", "t_cost", "kt_s", "trained")
 LARGEST = 1e15  # a value beyond this is none of a run's
 FORMATS = ("png", "svg", "pdf")
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "agg.path.chunksize": 20000,  # a million steps would be too long for one path
+    "svg.hashsalt": "rwkv-bone",
+}
 
 
 def read_run(path: str | Path) -> dict[str, np.ndarray]:
@@ -93,57 +106,21 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         raise UserError("pictures are drawn with matplotlib; pip install matplotlib") from None
     data = {str(path): read_run(path) for path in runs}
     with_lr = any(np.isfinite(columns["lr"]).any() for columns in data.values())
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#888888",
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.axisbelow": True,
-        "legend.edgecolor": "none",
-        "legend.framealpha": 0.85,
-        "agg.path.chunksize": 20000,  # a million steps would be too long for one path
-        "svg.hashsalt": "rwkv-bone",
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 7.5 if with_lr else 6), layout="constrained")
         heights = [3, 1, 1] if with_lr else [3, 1]
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         loss_panel, speed_panel, lr_panel = panels[0], panels[-1], panels[1] if with_lr else None
         lines = []
         for number, (name, columns) in enumerate(data.items()):
-            step, loss, colour = columns["step"], columns["loss"], COLOURS[number % len(COLOURS)]
-            weights = np.where(np.isfinite(columns["trained"]), columns["trained"], 1)
-            lines.append(line := smoothed(loss, weights))
-            last = line[np.isfinite(line)][-1:]
-            label = f"{name}: " + (f"{last[0]:.4f}" if len(last) else "no finite loss")
-            few = len(step) < 20
-            if not few:
-                loss_panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
-            mark = {"marker": "."} if few else {}
-            loss_panel.plot(step, line, color=colour, linewidth=1.8, label=label, **mark)
-            held_out = read_held_out(name)
-            if len(held_out):
-                lines.append(held_out[:, 1])
-                label = f"{name}, held out: {held_out[-1, 1]:.4f}"
-                ring = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": ":", "linewidth": 1.2}
-                loss_panel.plot(*held_out.T, color=colour, label=label, **ring)
-            bad = ~np.isfinite(loss) & (weights > 0)  # a step without a trained token has none, and rightly so
-            if bad.any():
-                place = loss_panel.get_xaxis_transform()  # at the bottom, whatever the losses are
-                text = f"{name}: {bad.sum()} steps without a finite loss"
-                loss_panel.plot(step[bad], np.full(bad.sum(), 0.02), "x", color="#c00000", transform=place, label=text)
+            colour = COLOURS[number % len(COLOURS)]
+            lines += draw_loss(loss_panel, name, columns, colour)
+            draw_speed(speed_panel, columns, colour)
             if lr_panel is not None:
-                lr_panel.plot(step, columns["lr"], color=colour, linewidth=1.5, **mark)
-            speed = 1000 * columns["kt_s"]
-            if not few:
-                speed_panel.plot(step, speed, color=colour, alpha=0.25, linewidth=0.8)
-            seconds = np.where(np.isfinite(columns["t_cost"]), columns["t_cost"], 1)  # so the mean is tokens / time
-            seconds[0] = 0 if len(seconds) > 1 else 1  # the first step builds and warms up
-            speed_panel.plot(step, smoothed(speed, seconds), color=colour, linewidth=1.5, **mark)
+                lr_panel.plot(columns["step"], columns["lr"], color=colour, linewidth=1.5, **mark_of(columns))
         borders = epoch_borders(next(iter(data.values()))) if len(data) == 1 else []
         for panel in panels:
+            panel.yaxis.set_label_coords(-0.075, 0.5)
             for border in borders:
                 panel.axvline(border, color="#bbbbbb", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         loss_panel.set_ylim(*loss_limits(data.values(), lines))
@@ -153,19 +130,56 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
             lr_panel.set_ylabel("learning rate")
             lr_panel.set_ylim(bottom=0)
             lr_panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        speed_panel.set_ylabel("tokens/s")
         speeds = np.concatenate([1000 * columns["kt_s"] for columns in data.values()])
         speeds = speeds[np.isfinite(speeds)]
+        speed_panel.set_ylabel("tokens/s")
         speed_panel.set_ylim(0, 1.15 * np.quantile(speeds, 0.98) if len(speeds) and speeds.max() > 0 else 1)
         speed_panel.yaxis.set_major_formatter(EngFormatter(sep=""))
         speed_panel.set_xlabel("step" + (" (dashed: epochs)" if borders else ""))
         speed_panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         speed_panel.margins(x=0.01)
-        for panel in panels:
-            panel.yaxis.set_label_coords(-0.075, 0.5)
         with atomic(out) as file:
             figure.savefig(file, format=out.suffix.lower()[1:], dpi=130)
     return out
+
+
+def mark_of(columns: dict[str, np.ndarray]) -> dict[str, str]:
+    """A dot for each step where there are few."""
+    return {"marker": "."} if len(columns["step"]) < 20 else {}
+
+
+def draw_loss(panel, name: str, columns: dict[str, np.ndarray], colour: str) -> list[np.ndarray]:
+    """Each step's loss, faint, the smoothed and the held-out one; returns the last two."""
+    step, loss = columns["step"], columns["loss"]
+    weights = np.where(np.isfinite(columns["trained"]), columns["trained"], 1)
+    lines = [smoothed(loss, weights)]
+    last = lines[0][np.isfinite(lines[0])][-1:]
+    label = f"{name}: " + (f"{last[0]:.4f}" if len(last) else "no finite loss")
+    mark = mark_of(columns)
+    if not mark:
+        panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
+    panel.plot(step, lines[0], color=colour, linewidth=1.8, label=label, **mark)
+    held_out = read_held_out(name)
+    if len(held_out):
+        lines.append(held_out[:, 1])
+        label = f"{name}, held out: {held_out[-1, 1]:.4f}"
+        ring = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": ":", "linewidth": 1.2}
+        panel.plot(*held_out.T, color=colour, label=label, **ring)
+    bad = ~np.isfinite(loss) & (weights > 0)  # a step without a trained token has none, and rightly so
+    if bad.any():
+        place = panel.get_xaxis_transform()  # at the bottom, whatever the losses are
+        text = f"{name}: {bad.sum()} steps without a finite loss"
+        panel.plot(step[bad], np.full(bad.sum(), 0.02), "x", color="#c00000", transform=place, label=text)
+    return lines
+
+
+def draw_speed(panel, columns: dict[str, np.ndarray], colour: str) -> None:
+    step, speed, mark = columns["step"], 1000 * columns["kt_s"], mark_of(columns)
+    if not mark:
+        panel.plot(step, speed, color=colour, alpha=0.25, linewidth=0.8)
+    seconds = np.where(np.isfinite(columns["t_cost"]), columns["t_cost"], 1)  # so the mean is tokens / time
+    seconds[0] = 0 if len(seconds) > 1 else 1  # the first step builds and warms up
+    panel.plot(step, smoothed(speed, seconds), color=colour, linewidth=1.5, **mark)
 
 
 def epoch_borders(columns: dict[str, np.ndarray]) -> list[float]:
