@@ -10,6 +10,7 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.models import MODELS, LanguageModel
 from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.peft.quant import quantise_model
+from rwkv_bone.training import loss, memory
 from rwkv_bone.training.infctx import backward_in_chunks
 from rwkv_bone.training.loss import cross_entropy_sum
 from rwkv_bone.training.memory import bytes_of, estimate, table_rows
@@ -88,8 +89,23 @@ def test_the_estimate_is_within_10_percent_of_what_a_step_takes(version, name):
     assert parts["base weights"] == bytes_of(frozen)
 
 
-def test_chunked_cross_entropy_takes_less_than_a_tenth_of_the_plain_one():
-    B, T, C, V = 4, 1024, 8, 65536
+@pytest.mark.parametrize("peft", ["none", "bone", "dora"])
+@pytest.mark.parametrize("version", MODELS)
+def test_operations_without_values_take_what_torchs_own_rules_say(version, peft, monkeypatch):
+    kind = MODELS[version]
+    for dtype, flags in ((torch.float32, {}), (torch.bfloat16, {"train_type": "infctx", "chunk_ctx": 32})):
+        model = kind(kind.new_sizes(vocab_size=64, n_layer=1, n_embd=64)).to(dtype)
+        if peft != "none":
+            inject(model, METHODS[peft], METHODS[peft].Config(8))
+        ours = memory.step_bytes(model, 2, 64, config(**flags), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "rule", lambda op: op)
+            assert ours == pytest.approx(memory.step_bytes(model, 2, 64, config(**flags), 1), rel=0.01)
+
+
+def test_chunked_cross_entropy_takes_less_than_a_tenth_of_the_plain_one(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1 << 20)
+    B, T, C, V = 4, 64, 8, 16384
     hidden, weight = torch.randn(B, T, C, requires_grad=True), torch.randn(V, C)
     targets = torch.randint(V, (B, T))
 

@@ -124,6 +124,7 @@ class LanguageModel(nn.Module):
     targets: ClassVar[tuple[str, ...]]  # parts that get an adapter by default
     full_parts: ClassVar[tuple[str, ...]]  # names of the parts that may be trained in full beside an adapter
     capabilities: ClassVar[frozenset[str]] = frozenset()  # keys of FEATURES
+    runs_on_meta: ClassVar[bool] = False  # whether a step can be run on the meta device: nothing looks at values
     l2wrap: ClassVar[bool] = True  # whether RWKV's L2Wrap is added to the loss by default
     template: ClassVar[str] = "world"  # default template of prompts and answers
     web_names: ClassVar[WebNames | None] = None  # None: web-rwkv has no such model

@@ -102,6 +102,7 @@ class RWKV(LanguageModel):
     recurrence: ClassVar[Recurrence]
     targets = ("att", "ffn")
     full_parts = ("emb", "head", "time", "ln")
+    runs_on_meta = True
     capabilities = frozenset({"infctx", "state", "pack", "op"})
     gguf_names: ClassVar[Mapping[str, str]]  # within a block, without .weight and .bias: here -> llama.cpp's
     gguf_lerps: ClassVar[tuple[str, ...]]  # within a block: the vectors that it reads as one tensor, in this order

@@ -88,8 +88,26 @@ class RecomputeFunction(torch.autograd.Function):
         pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad]
         if not pairs:
             return None, *(None for _ in (*run.args, *run.trained))
-        found = iter(torch.autograd.grad([o for o, _ in pairs], run.wanted, [g for _, g in pairs], allow_unused=True))
+        with torch.enable_grad():
+            given = GivenGradients.apply([g for _, g in pairs], *(o for o, _ in pairs))
+        found = iter(torch.autograd.grad(given, run.wanted, allow_unused=True))
         return None, *(next(found) if a is not None and a.requires_grad else None for a in (*run.args, *run.trained))
+
+
+class GivenGradients(torch.autograd.Function):
+    """A scalar, 0, whose backward hands each of `tensors` its gradient of `gradients`, which may be None.
+
+    torch.autograd.grad takes gradients too, and imports sympy for them, for half a second.
+    """
+
+    @staticmethod
+    def forward(ctx, gradients: Sequence[Tensor | None], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return None, *ctx.gradients
 
 
 def recomputed(f: Callable[..., Outputs], *args: Tensor | None) -> Outputs:

@@ -76,13 +76,13 @@ class Recurrence:
         if way == "fla":
             return self.fla(*tensors)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        if save or torch.compiler.is_compiling() or type(r) is not Tensor:
+        if save or torch.compiler.is_compiling() or type(r) is not Tensor or r.is_meta:
             return self.op(*tensors, save)[:2]
         return self.kernels[r.device.type].forward(*tensors, False)[:2]  # the op's own cost is above a step's
 
     def _way(self, r: Tensor, op: str) -> str:
         """What runs: "torch", "fla", or a kernel of ours."""
-        if op == "torch" or r.device.type == "cpu":
+        if op == "torch" or r.device.type in ("cpu", "meta"):
             return op
         if torch.compiler.is_compiling() or type(r) is not Tensor:  # nothing can be tried out now
             return op
@@ -129,7 +129,8 @@ class Recurrence:
             ):
                 self._refuse(n, tensors, shapes[form])
         place = device.type
-        if op != "torch" and (place not in self.kernels or op not in ("auto", place)) and (op != "fla" or place == "cpu"):
+        takes = place != "cpu" if op == "fla" else place in self.kernels and op in ("auto", place)
+        if op != "torch" and place != "meta" and not takes:  # there, only shapes count
             if op == "fla":
                 raise ValueError(f"{self.name}: op='fla' takes tensors on a GPU, and r is on {device}")
             if op == "auto":
@@ -178,8 +179,8 @@ class Recurrence:
         @forward.register_fake
         def _(r, *rest):
             B, _, H, N = r.shape
-            saved = self.kernels[r.device.type].saved_shape(r) if rest[-1] else (0,)
-            return torch.empty_like(r), new_state(r, B, H, N, N), new_state(r, *saved)
+            saved = self.kernels["cpu" if r.is_meta else r.device.type].saved_shape(r) if rest[-1] else (0,)
+            return r.new_empty(r.shape), new_state(r, B, H, N, N), new_state(r, *saved)
 
         @torch.library.custom_op(f"rwkv_bone::{self.name}_backward", mutates_args=(), schema=backward_schema)
         def backward(r, *rest):
@@ -190,7 +191,7 @@ class Recurrence:
             B, _, H, N = r.shape
             inputs = [r, *rest[:-3]]
             inputs.insert(state, new_state(r, B, H, N, N))
-            return tuple(torch.empty_like(x) for x, wanted in zip(inputs, self.has_gradient) if wanted)
+            return tuple(x.new_empty(x.shape) for x, wanted in zip(inputs, self.has_gradient) if wanted)
 
         def setup_context(ctx, inputs, output) -> None:
             ctx.set_materialize_grads(False)

@@ -106,7 +106,7 @@ class AdapterLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype (under autocast: in its)."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
                 return self.forward(x)

@@ -39,7 +39,7 @@ def tile_into(y: Tensor, s: Tensor) -> Tensor:
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (m, r, r) += a_j^T b_j for every block j of a, b (n, m, r)."""
-    if a.is_cuda:
+    if not a.is_cpu:
         total += torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1))
     else:  # one by one: the CPU's batched product of bf16 is ten times slower with these strides
         for j in range(len(total)):

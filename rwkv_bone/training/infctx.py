@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.base import State, detach, tensors_of
+from ..ops.recompute import GivenGradients
 
 Micro = dict[str, Tensor]
 Forward = Callable[[Micro, State], tuple[Tensor, State]]  # a piece and the state before it -> its summed loss, the state after it
@@ -79,21 +80,8 @@ def backward_in_chunks(
         loss, end = forward(pieces[i], start)
         total += loss.detach()
         if from_next:
-            loss = ThroughState.apply(loss, from_next, *tensors_of(end))
+            loss = loss + GivenGradients.apply(from_next, *tensors_of(end))  # which are scaled already
         backward(loss, i == 0)
         from_next = [] if start is None else [t.grad for t in tensors_of(start)]
     assert isinstance(total, Tensor)
     return total
-
-
-class ThroughState(torch.autograd.Function):
-    """The loss itself; backward also hands each final-state tensor the (already scaled) gradient that arrived from behind."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor | None], *end: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return g, None, *ctx.gradients

@@ -3,16 +3,16 @@
 `python -m rwkv_bone.training.memory` prints what released models take; see docs/memory.md.
 """
 
+import contextlib
 import copy
 import itertools
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +25,7 @@ from ..peft.adapter import QuantisedWeight, projections
 from .infctx import backward_in_chunks
 from .loss import HeadCrossEntropy
 from .optimiser import OPTIMISERS
+from .shapes import rule
 from .strategies import BUCKET
 
 LAYERS = 3  # that are run: a layer more takes what the last of them took
@@ -35,14 +36,19 @@ CUDA_ITSELF = 700 << 20  # context, kernels, workspaces of the libraries and of 
 class Alive(TorchDispatchMode):
     """Within it, counts the bytes of tensors that were made and are still alive, and the most there were at once."""
 
-    def __init__(self):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what torch does about its compiler here by default imports that, for a second
+
+    def __init__(self, rule: Callable[[Any], Callable[..., Any]]):
         super().__init__()
+        self.rule = rule  # what computes an operation
         self.bytes = self.peak = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
+        result = self.rule(op)(*args, **(kwargs or {}))
+        for t in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(t, Tensor):
                 self.add(t.untyped_storage())
         return result
@@ -62,43 +68,59 @@ class Alive(TorchDispatchMode):
 class Dense(QuantisedWeight):
     """Stands for a quantised weight where only sizes count: its own program takes no tensors without memory."""
 
+    place = "meta"
+
     def dense(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
+        return torch.empty(self.shape, dtype=self.dtype, device=self.place)
+
+
+def on_meta(t: Tensor) -> Tensor:
+    """A tensor without memory that is like t."""
+    like = torch.empty_like(t, device="meta")
+    return nn.Parameter(like, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else like
 
 
 def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers: int) -> int:
     """The most that forward and backward of a (B, T) batch take, gradients included, in a model of that many layers."""
-    mode = getattr(model.head.weight, "fake_mode", None) or FakeTensorMode()
     op = "torch" if model.execution.op == "torch" else "auto"
     short = model.shortened(layers).with_execution(op=op, grad_cp=config.grad_cp)
     l2wrap = config.wants_l2wrap(model)
     chunks = math.ceil(T / config.chunk_ctx) if config.train_type == "infctx" else 1
     run_chunks = min(chunks, CHUNKS)  # a chunk more keeps its border's state more, and no more than that
-    with mode:
-        known: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*short.parameters(), *short.buffers())}
-        length = T if chunks == 1 else T - (chunks - run_chunks) * config.chunk_ctx
-        idx, alive = torch.zeros(B, length, dtype=torch.long), Alive()
-        alive.known = {t.untyped_storage()._cdata for t in known.values()}
-        known |= {id(weight): Dense(weight) for weight in short.modules() if isinstance(weight, QuantisedWeight)}
-        short = copy.deepcopy(short, known)
-        border = 0
+    length = T if chunks == 1 else T - (chunks - run_chunks) * config.chunk_ctx
+    mode: Any = contextlib.nullcontext()
+    imitation, place, alive = on_meta, "meta", Alive(rule)
+    if not model.runs_on_meta:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler
 
-        def forward(piece, state):
-            nonlocal border
-            hidden, state = short.hidden(piece["idx"], state)
-            border = bytes_of(tensors_of(state))
-            # every token counts as trained
-            loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), l2wrap)
-            return loss, state
+        mode = FakeTensorMode()
+        imitation, place, alive = mode.from_tensor, "cpu", Alive(lambda op: op)
+    known: dict[int, Any] = {id(t): imitation(t) for t in (*short.parameters(), *short.buffers())}
+    alive.known = {t.untyped_storage()._cdata for t in known.values()}
+    for weight in short.modules():
+        if isinstance(weight, QuantisedWeight):
+            known[id(weight)] = Dense(weight)
+            known[id(weight)].place = place
+    short = copy.deepcopy(short, known)
+    border = 0
 
-        with alive:
-            for p in short.parameters():
-                p.grad = torch.zeros_like(p) if p.requires_grad and config.accumulate_grad_batches > 1 else None
-            if config.train_type == "infctx":
-                pieces = {"idx": idx, "targets": idx}
-                backward_in_chunks(forward, pieces, config.chunk_ctx, config.truncate, lambda loss, last: loss.backward())
-            else:
-                forward({"idx": idx}, None)[0].backward()
+    def forward(piece, state):
+        nonlocal border
+        hidden, state = short.hidden(piece["idx"], state)
+        border = bytes_of(tensors_of(state))
+        # every token counts as trained
+        loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), l2wrap)
+        return loss, state
+
+    with mode, alive:
+        idx = torch.zeros(B, length, dtype=torch.long, device=place)
+        for p in short.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad and config.accumulate_grad_batches > 1 else None
+        if config.train_type == "infctx":
+            pieces = {"idx": idx, "targets": idx}
+            backward_in_chunks(forward, pieces, config.chunk_ctx, config.truncate, lambda loss, last: loss.backward())
+        else:
+            forward({"idx": idx}, None)[0].backward()
     return alive.peak + (0 if config.truncate else (chunks - run_chunks) * border)
 
 
@@ -148,18 +170,13 @@ BITS = {"none": 0, "int8": 8, "nf4": 4.5}
 
 
 def released(release: str, peft: str, r: int) -> tuple[LanguageModel, list[int]]:
-    """A model of a release's sizes in bf16 with adapters, without memory, and the numbers of entries of its projections.
-
-    Call within FakeTensorMode.
-    """
+    """A model of a release's sizes in bf16 with adapters, on the meta device, and the numbers of entries of its projections."""
     version, sizes = RELEASES[release]
-    model = MODELS[version](MODELS[version].new_sizes(**sizes), Execution())
-    for name, p in list(model.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16)))
+    with torch.device("meta"):
+        model = MODELS[version](MODELS[version].new_sizes(**sizes), Execution()).to(torch.bfloat16)
     entries = [model.get_parameter(f"{name}.weight").numel() for name in projections(model)]
     if peft != "none":
-        inject(model, METHODS[peft], METHODS[peft].config_from({"r": r}, peft))
+        inject(model, METHODS[peft], METHODS[peft].config_from({"r": r}, peft), start=False)
     return model, entries
 
 
@@ -175,11 +192,10 @@ LENGTHS = (512, 2048, 8192)
 def table_rows(release: str, peft: str, r: int) -> list[str]:
     """Of the table in docs/memory.md, the rows of a release and a method, one for each kind of base weights."""
     steps = []
-    with FakeTensorMode():
-        model, entries = released(release, peft, r)
-        for T, grad_cp in itertools.product(LENGTHS, (False, True)):
-            parts = estimate(model, 1, T, TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp), cuda=True)
-            steps.append(sum(parts.values()) - parts["base weights"])
+    model, entries = released(release, peft, r)
+    for T, grad_cp in itertools.product(LENGTHS, (False, True)):
+        parts = estimate(model, 1, T, TrainConfig(data_file="-", peft=peft, grad_cp=grad_cp), cuda=True)
+        steps.append(sum(parts.values()) - parts["base weights"])
     rows = []
     for quant in BITS if peft != "none" else ("none",):
         base = parts["base weights"]
