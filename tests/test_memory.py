@@ -19,7 +19,7 @@ from tests.watch import peak_bytes
 
 
 def config(**given) -> TrainConfig:
-    return TrainConfig(data_file="none", **given)
+    return TrainConfig(data_file="none", lr_init=1e-4, **given)
 
 
 def training(model: LanguageModel, B: int, T: int, config: TrainConfig):
@@ -90,7 +90,7 @@ def test_the_estimate_is_within_10_percent_of_what_a_step_takes(version, name):
 
 
 @pytest.mark.parametrize("peft", ["none", "bone", "dora"])
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize("version", ["x060", "x070"])
 def test_operations_without_values_take_what_torchs_own_rules_say(version, peft, monkeypatch):
     kind = MODELS[version]
     for dtype, flags in ((torch.float32, {}), (torch.bfloat16, {"train_type": "infctx", "chunk_ctx": 32})):

@@ -5,6 +5,7 @@ bounded by the largest tensor. Several adapters are applied in order, each to th
 been trained: the result is bit for bit that of merging one by one.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..interop.rwkv_peft import UNAIDED, Foreign
 from ..peft import quant
 from ..peft.adapter import matches
 
-PIECE = 1 << 17  # entries looked at together where effects are summed up: they stay in the cache
+PIECE = 1 << 16  # entries looked at together where effects are summed up: they stay in the cache
 
 
 @dataclass
@@ -35,17 +36,24 @@ class Effect:
     moved: int = 0  # entries with an update that is not 0
     vanished: int = 0  # those of them that are unchanged after rounding
 
-    def add(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        """Add the change of one tensor, or a piece of it; all three have the same shape."""
-        b, e, r = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (before, exact, rounded))
-        update = e - b
-        moved = count(update)
-        self.weight += square(b)
-        self.update += square(update)
-        self.lost += square(r - e)
-        self.moved += moved
-        # without an update nothing changes, so that what changed in the file is among what has one
-        self.vanished += moved - count(r - (b if before.dtype == rounded.dtype else before.to(rounded.dtype)))
+    def round(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
+        """Round `exact` into `rounded`, and add the change from `before`: tensors of one shape and any size."""
+        compute = functools.reduce(torch.promote_types, (before.dtype, exact.dtype, torch.float32))
+        spare = before.new_empty(4, min(PIECE, before.numel()), dtype=compute)  # fresh memory costs more than what is done in it
+        same = before.dtype == rounded.dtype
+        for b_, e_, r_ in zip(*(t.reshape(-1).split(PIECE) for t in (before, exact, rounded))):
+            b, r, difference, signs = spare[:, : len(b_)]
+            b.copy_(b_)
+            r.copy_(r_.copy_(e_))
+            torch.sub(e_, b, out=difference)
+            moved = count(difference, signs)
+            self.weight += square(b)
+            self.update += square(difference)
+            self.moved += moved
+            # without an update nothing changes, so that what changed in the file is among what has one
+            torch.sub(r, b if same else b.copy_(b_.to(rounded.dtype)), out=difference)
+            self.vanished += moved - count(difference, signs)
+            self.lost += square(r.sub_(e_))
 
     def __add__(self, other: "Effect") -> "Effect":
         return Effect(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -65,9 +73,9 @@ def square(x: Tensor) -> float:
     return total if math.isfinite(total) and total > 1e-30 else torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
 
 
-def count(x: Tensor) -> int:
-    """How many entries of a tensor in the cache are not 0: exact, as long as it has at most `PIECE` of them."""
-    signs = torch.sign(x.reshape(-1))
+def count(x: Tensor, signs: Tensor) -> int:
+    """How many entries of a tensor in the cache are not 0: exact up to `PIECE` of them. Overwrites `signs`."""
+    torch.sign(x, out=signs)
     return int(torch.dot(signs, signs))  # four times as fast as count_nonzero
 
 
@@ -190,8 +198,7 @@ class Merge:
         after = torch.empty(exact.shape, dtype=dtype, device=exact.device)
         effect = self.effects[i].setdefault(self.model.part_of(name), Effect())
         effect.tensors += 1
-        for b, e, r in zip(*(t.reshape(-1).split(PIECE) for t in (before, exact, after))):
-            effect.add(b, e, r.copy_(e))
+        effect.round(before, exact, after)
         if not math.isfinite(effect.lost):  # a sum over the tensor in which infinity and NaN are seen
             converted(exact, dtype, name, self.adapters[i].path)
         return after.cpu()

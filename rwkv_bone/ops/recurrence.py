@@ -130,7 +130,8 @@ class Recurrence:
                 self._refuse(n, tensors, shapes[form])
         place = device.type
         takes = place != "cpu" if op == "fla" else place in self.kernels and op in ("auto", place)
-        if op != "torch" and place != "meta" and not takes:  # there, only shapes count
+        takes = takes or (place == "meta" and op == "cpu")  # shapes alone, those of the CPU's kernel
+        if op != "torch" and not takes:
             if op == "fla":
                 raise ValueError(f"{self.name}: op='fla' takes tensors on a GPU, and r is on {device}")
             if op == "auto":

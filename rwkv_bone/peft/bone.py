@@ -135,12 +135,14 @@ class BoneLinear(AdapterLinear):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         weight = dense(self.weight)
-        merged = weight.to(self.dtype, copy=True)
+        merged = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
         (out, in_), r = weight.shape, self.config.r
-        size = max(r, 256 // r * r)  # of a panel of rows, which stays in the cache
+        size = max(r, 64 // r * r)  # of a panel of rows, which stays in the cache
         tiled = self.bone[:, torch.arange(min(size, out), device=weight.device) % r]  # (m, size, r)
         for rows in row_panels(out, size):
-            panel = merged[rows]
-            update = torch.bmm(blocks(panel, r).transpose(0, 1), self.bone).add_(tiled[:, : len(panel)])  # (m, n, r)
-            panel += update.transpose(0, 1).flatten(1)[:, :in_]
+            panel = merged[rows].copy_(weight[rows])
+            pieces = blocks(panel, r).transpose(0, 1)  # (m, n, r): of the panel itself if r divides
+            pieces += torch.bmm(pieces, self.bone).add_(tiled[:, : len(panel)])
+            if in_ % r:
+                panel.copy_(pieces.transpose(0, 1).flatten(1)[:, :in_])
         return merged

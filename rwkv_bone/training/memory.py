@@ -82,7 +82,7 @@ def on_meta(t: Tensor) -> Tensor:
 
 def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers: int) -> int:
     """The most that forward and backward of a (B, T) batch take, gradients included, in a model of that many layers."""
-    op = "torch" if model.execution.op == "torch" else "auto"
+    op = "torch" if model.execution.op == "torch" else "cpu" if model.runs_on_meta else "auto"
     short = model.shortened(layers).with_execution(op=op, grad_cp=config.grad_cp)
     l2wrap = config.wants_l2wrap(model)
     chunks = math.ceil(T / config.chunk_ctx) if config.train_type == "infctx" else 1
