@@ -426,7 +426,9 @@ def test_math_is_judged_by_its_grader_and_by_subject(model_file, monkeypatch, tm
     monkeypatch.setattr(
         problems,
         "completions",
-        lambda model, tokenizer, prompts, *rest: (Completion(i, said[p], [1], "end") for i, p in enumerate(prompts)),
+        lambda model, tokenizer, prompts, *rest: (
+            Completion(i, said[tokenizer.decode(p)], [1], "end") for i, p in enumerate(prompts)
+        ),
     )
     evaluate("math", "--model", model_file, "--data", file)
     out = capsys.readouterr().out

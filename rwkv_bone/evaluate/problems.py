@@ -97,9 +97,7 @@ def solve(
     todo = [problem for problem in problems if problem.id not in results.done]
     done = len(problems) - len(todo)
     tokens, began = 0, time.monotonic()
-    prompts: list[Any] = [problem.prompt for problem in todo]
-    if begin != tokenizer.begin:  # which a text alone would get
-        prompts = [[*begin, *tokenizer.encode(prompt)] for prompt in prompts]
+    prompts = [[*begin, *tokenizer.encode(problem.prompt)] for problem in todo]
     with Progress(len(problems), done, "problems") as progress:
         for completion in completions(model, tokenizer, prompts, sampling, max_tokens, stop, seed, batch_size, state):
             problem = todo[completion.index]
