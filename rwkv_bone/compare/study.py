@@ -44,8 +44,10 @@ def is_record(row: Any) -> bool:
     if not all(kinds) or type(row["seed"]) is not int:
         return False
     numbers = [row[name] for name in RECORD[float]]
-    for values in (row["losses"], row.get("step_tokens", [])):
-        numbers += values if isinstance(values, list) else [None]
+    tokens = row.get("step_tokens", [])  # earlier versions said none
+    if not isinstance(tokens, list) or len(tokens) not in (0, len(row["losses"])):
+        return False
+    numbers += row["losses"] + tokens
     return all(type(n) in (int, float) and (n == math.inf or 0 <= n <= 1e30) for n in numbers)
 
 
