@@ -23,7 +23,7 @@ from tests.runs import arguments, assert_same_run, lines, make_world
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A base model, texts, and pairs of a good and a bad answer: good ones end in a, bad ones in b."""
-    folder = make_world(tmp_path_factory.mktemp("seam"))
+    folder = make_world(tmp_path_factory.mktemp("seam"), version="x060")  # whose weights SGD moves by less than bf16 resolves
     pairs = [{"ask": f"{i} is ", "good": "a" * (1 + i % 3), "bad": "b" * (1 + i % 2)} for i in range(12)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
