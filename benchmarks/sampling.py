@@ -55,7 +55,7 @@ def package(path: str, script: bool) -> Callable[[int], list[int]]:
     os.environ.update(RWKV_V7_ON=str(int(v7)), RWKV_CUDA_ON="0", RWKV_JIT_ON=str(int(script)))  # read as the package is imported
     from rwkv.model import RWKV as Package
 
-    model = Package(model=path.removesuffix(".pth"), strategy="cpu fp32", verbose=False)
+    model = Package(model=path.removesuffix(".pth"), strategy="cpu fp32")
 
     def sample(count: int) -> list[int]:
         logits, state = model.forward(PROMPT, None)

@@ -172,7 +172,7 @@ class RWKV6(RWKV):
 
     version, title = "x060", "RWKV-6 (x060)"
     Sizes, Block, recurrence = RWKV6Sizes, Block, recurrence
-    state_rate = 1.0
+    state_rate = 1.0  # the best are 1 to 3: benchmarks/results/state-rate-cpu.md
     gguf_architecture = "rwkv6"
     gguf_lerps = tuple(f"att.time_maa_{name}" for name in LERPS)
     gguf_names = GGUF_NAMES

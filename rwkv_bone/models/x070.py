@@ -211,7 +211,7 @@ class RWKV7(RWKV):
 
     version, title = "x070", "RWKV-7 (x070)"
     Sizes, Block, recurrence = RWKV7Sizes, Block, recurrence
-    state_rate = 1e-3
+    state_rate = 1e-3  # small models gain most at 0.3 to 1, which users found to destroy large ones: state-rate-cpu.md
     gguf_architecture = "rwkv7"
     gguf_lerps = tuple(f"att.x_{name}" for name in LERPS)
     gguf_names = GGUF_NAMES
