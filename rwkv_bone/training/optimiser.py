@@ -3,7 +3,7 @@
 `OPTIMISERS` is the registry: one line for each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,11 @@ class MasterWeights:
     @property
     def param_groups(self) -> Groups:
         return self.inner.param_groups
+
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """Of each parameter that is stepped (a copy, or the parameter itself)."""
+        return self.inner.state
 
     @torch.no_grad()
     def step(self) -> None:
