@@ -91,7 +91,7 @@ def run_command(command: str, folder: Path) -> str:
     usual = {"train": ["--load_model", "base.pth", "--data_file", "mine.jsonl", "--r", "8"],
              "merge": ["--base_model", "base.pth", "--peft_checkpoint", "out/mine/rwkv-0.pth"]}  # fmt: skip
     words = [word for w in words for word in (usual[words[0]] if w == "..." else [w])]
-    if "--devices" in words or re.search(r"\b(1B6|3B|7B).pth", command):
+    if "--devices" in words or re.search(r"\bg1-[\d.]+b.pth", command):
         words.append("--dry_run")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rwkv_bone.training.run", "rwkv_bone.api", "matplotlib.pyplot", "torch._dynamo"])
@@ -148,8 +148,8 @@ def write_small_model(path: Path) -> None:
 @pytest.mark.slow
 def test_the_commands_of_the_pages_for_users_work(tmp_path):
     write_small_model(tmp_path / "base.pth")
-    for size in ("1B6", "3B", "7B"):
-        shutil.copy(tmp_path / "base.pth", tmp_path / f"{size}.pth")
+    for size in ("1.5b", "2.9b", "7.2b", "13.3b"):
+        shutil.copy(tmp_path / "base.pth", tmp_path / f"g1-{size}.pth")
     rows = [{"question": f"What is {i}?", "answer": f"A number, {i}."} for i in range(16)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "What is 2 + 2?", "answer": "It is\n#### 4"}) + "\n")
@@ -162,7 +162,7 @@ def test_the_commands_of_the_pages_for_users_work(tmp_path):
     assert run_page("data.md", tmp_path) == 2 and run_page("models.md", tmp_path) == 1
     for made in ("mine.bin", "mine.idx", "mine.mask.bin"):
         (tmp_path / made).unlink()
-    assert run_page("flags.md", tmp_path) >= 6 and run_page("memory.md", tmp_path) >= 9
+    assert run_page("flags.md", tmp_path) >= 6 and run_page("memory.md", tmp_path) >= 10
     assert run_page("troubleshooting.md", tmp_path) == 1
 
 
@@ -264,15 +264,14 @@ def test_the_table_of_models_is_that_of_the_program():
 
 
 def test_the_recipes_are_rows_of_the_memory_table():
-    lines = [line for line in PAGES["memory.md"].splitlines() if re.match(r"\| (model|\d)", line)]
+    lines = [line for line in PAGES["memory.md"].splitlines() if re.match(r"\| (model|G1|\d[\d.]*B) ", line)]
     header, *rows = [line.strip("| ").split(" | ") for line in lines]
     computed = {(*row[:3], column): cell for row in rows for column, cell in zip(header[3:], row[3:])}
     recipes = re.findall(r"^\| (\d+ GB) \| (.*?) \| ([\d.]+) \| `(.*)` \|$", PAGES["memory.md"], re.M)
-    assert sorted({int(card.split()[0]) for card, *_ in recipes}) == [8, 12, 16, 24, 48, 80] and len(recipes) == 9
-    sizes = {"1B6.pth": "1.6B", "3B.pth": "3B", "7B.pth": "7B"}
+    assert sorted({int(card.split()[0]) for card, *_ in recipes}) == [8, 12, 16, 24, 48, 80] and len(recipes) == 10
     for card, what, figure, command in recipes:
         config = TrainConfig.from_argv(shlex.split(command)[2:])
-        size = sizes[config.load_model]
+        size = config.load_model.removesuffix(".pth").replace("g1-", "G1 ").replace("b", "B")
         method = "none" if config.peft == "none" else f"{config.peft}, r {config.peft_options['r']}"
         column = f"{config.ctx_len}, `--grad_cp 1`" if config.grad_cp else str(config.ctx_len)
         assert computed[size, method, config.quant, column] == f"{figure}: {card}", command

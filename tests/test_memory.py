@@ -134,5 +134,5 @@ def test_frozen_weights_never_get_a_gradient():
 @pytest.mark.slow
 def test_the_table_of_the_docs_is_what_the_program_says():
     doc = (Path(__file__).parents[1] / "docs" / "memory.md").read_text().splitlines()
-    rows = table_rows("1.6B", "bone", 64)
+    rows = table_rows("G1 0.1B", "bone", 64)
     assert len(rows) == 3 and not set(rows) - set(doc)
