@@ -10,11 +10,11 @@ from .errors import UserError, checked, hint, run
 COMMANDS = {
     "download": ("rwkv_bone.files.download", "get a base model"),
     "train": ("rwkv_bone.training.run", "fine-tune, or train from scratch"),
-    "merge": ("rwkv_bone.merging.command", "base + adapter -> standard .pth"),
+    "merge": ("rwkv_bone.merging.command", "base + adapter -> a model file: .pth, safetensors, gguf"),
     "generate": ("rwkv_bone.generate.command", "sample, or chat"),
     "evaluate": ("rwkv_bone.evaluate.command", "GSM8K, MATH, loss"),
     "compare": ("rwkv_bone.compare.command", "methods against each other, rates tuned, seeds, table and picture"),
-    "data": ("rwkv_bone.data.jsonl_to_binidx", "jsonl -> binidx"),
+    "data": ("rwkv_bone.data.jsonl_to_binidx", "rows -> binidx, for large data"),
     "plot": ("rwkv_bone.plot", "loss curves as a picture"),
     "doctor": ("rwkv_bone.doctor", "what this machine can do"),
     "demo": ("rwkv_bone.demo.command", "train, merge and sample a small model"),

@@ -63,7 +63,7 @@ class TrainConfig:
     quant: str = flag("none", "model", "keep the base's projections in 8 or 4 bits", choices=("none", *KINDS))
     op: str = flag("auto", "model", "WKV kernel; torch needs no compiler, fla is flash-linear-attention's (GPU)", choices=OPS)
 
-    data_file: str = flag("", "data", "binidx prefix, or .jsonl files (comma-separated, globs, .gz)")
+    data_file: str = flag("", "data", ".jsonl, .json, .csv, .parquet or .txt files (commas, globs, folders), or a binidx prefix")
     data_type: str = flag("auto", "data", "what data_file is; auto: by its ending", choices=("auto", *DATA_TYPES))
     ctx_len: int = flag(512, "data", "longest piece of a document in one sample, in tokens")
     dataload: str = flag(
@@ -85,7 +85,7 @@ class TrainConfig:
     tokenizer: str = flag("auto", "data", "for jsonl: auto (by vocabulary size), byte, world, or a tokenizer.json")
     vocab_file: str = flag("", "data", "another vocabulary in the format of World's")
     fields: str = flag("", "data", "for jsonl: names of its fields, as in question=problem,answer=solution")
-    template: str = flag("", "data", "for rows: world, g1 or a jinja2 file (rwkv_bone/data/templates.py); default: world")
+    template: str = flag("", "data", "for rows: world, g1 or a jinja2 file; default: the model's own")
     format: str = flag("auto", "data", "for jsonl whose rows can be read in two ways: text, messages, question, ...")
     encoding: str = flag("utf-8", "data", "text encoding of the byte tokenizer", choices=("utf-8", "utf-16-le"))
 
@@ -114,7 +114,7 @@ class TrainConfig:
         "from lr_init to lr_final; warmup_cos: linear warm-up from 0, then a cosine; wsd: falls in the last fifth",
         choices=SCHEDULES,
     )
-    warmup_steps: int = flag(0, "training", "steps in which the rate rises, from a fifth")
+    warmup_steps: int = flag(0, "training", "first steps, in which the rate rises from a fifth")
     layerwise_lr: int = flag(1, "training", "1: the model's own multiples of the rate (RWKV: the decay's is doubled)")
     objective: str = flag("text", "training", "what is trained for; text: the next token")
     optim: str = flag("adamw", "training", "optimizer")
@@ -155,7 +155,7 @@ class TrainConfig:
     save_every_steps: int = flag(0, "output", "write a step checkpoint every so many steps; 0: at the end of epochs only")
     save_every_minutes: float = flag(10.0, "output", "and every so many minutes; 0: never")
     keep_last: int = flag(2, "output", "step checkpoints to keep")
-    resume: str = flag("", "output", "auto: go on from the newest checkpoint in proj_dir, or start if there is none")
+    resume: str = flag("", "output", "auto: continue from the newest checkpoint in proj_dir, or start if there is none")
     overwrite: bool = flag(False, "output", "start anew in a proj_dir that holds a run")
     tensorboard: bool = flag(False, "output", "log for TensorBoard too (package tensorboard)")
     wandb: str = flag("", "output", "log to this Weights & Biases project too (package wandb)")
@@ -175,7 +175,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
         if not self.data_file:
-            raise UserError("--data_file is missing: the prefix of a .bin/.idx pair, or .jsonl files")
+            raise UserError("--data_file is missing: .jsonl or other files of rows, or the prefix of a .bin/.idx pair")
         if not 0 <= self.val_split < 1:
             raise UserError(f"--val_split is a share, at least 0 and below 1, not {self.val_split}")
         if self.val_split and (self.val_file or self.dataload == "get"):
@@ -287,19 +287,22 @@ def make_parser() -> tuple[Parser, list[str]]:
     for f in fields(TrainConfig):
         if "group" in f.metadata:
             add_flag(groups[f.metadata["group"]], f.name, f.default, f.metadata["help"], f.metadata["choices"])
-    options: dict[str, tuple[Any, str, list[str]]] = {}
+    options: dict[str, tuple[Any, str, dict[str, Any]]] = {}
     for method, layer in METHODS.items():
         for f in fields(layer.Config):
-            options.setdefault(f.name, (f.default, f.metadata.get("help", ""), []))[2].append(method)
-    for name, (default, text, methods) in options.items():
-        add_flag(groups["method"], name, default, f"{text} [{', '.join(methods)}]")
+            options.setdefault(f.name, (f.default, f.metadata.get("help", ""), {}))[2][method] = f.default
+    for name, (default, text, of_method) in options.items():
+        others = [method for method, value in of_method.items() if value != default]
+        differs = f"; default of {', '.join(others)}: {of_method[others[0]]}" if others else ""
+        add_flag(groups["method"], name, default, f"{text} [{', '.join(of_method)}]{differs}")
     return parser, list(options)
 
 
 def add_flag(group, name: str, default: Any, text: str, choices=None) -> None:
     kind = type(default)
     shown = " ".join(default) if kind is tuple else int(default) if kind is bool else "" if default is None else default
-    more: dict[str, Any] = {"help": f"{text} (default: {shown if shown != '' else '-'})".replace("%", "%%")}
+    known = f" (default: {shown})" if shown not in ("", -1) else ""  # of others the text says what they mean
+    more: dict[str, Any] = {"help": f"{text}{known}".replace("%", "%%")}
     if kind is bool or default is None:
         more.update(type=truth, nargs="?", const=True, metavar="0|1")
     elif kind is tuple:

@@ -497,7 +497,7 @@ def test_loss_of_the_real_model_is_the_rwkv_packages(tiny, data, tmp_path, capsy
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first == f"loss 0.905476 nats per token, perplexity {math.exp(0.905476):.4f}, 2.6127 bits per byte"
     assert round(2 * 0.905476 / math.log(2), 4) == 2.6127  # two tokens to a letter
-    assert "10,239 tokens of 1 documents (10,240 tokens)" in second and "ends of document are left out" in second
+    assert "10,239 tokens of 1 document (10,240 tokens)" in second and "ends of document are left out" in second
 
 
 @pytest.fixture

@@ -260,13 +260,13 @@ def test_the_summary_for_people():
     samples = Samples(documents, "pad", 64)
     lines = summary_of(samples, BatchSampler(len(samples), 2, shuffle=False)).lines()
     assert lines == [
-        "data: 3 documents, 94 tokens, longest 90; 1 of them are a single token and left out",
+        "data: 3 documents, 94 tokens, longest 90; left out: 1 document of a single token",
         "warning: 4 of 7 rows left out: 4 empty answers (first: d, line 2)",
         "fields not read: source",
-        "2 samples (--dataload pad), 1 batches a device, padding 48.4%, cut 25 tokens of 1 documents (26.6%)",
+        "2 samples (--dataload pad), 1 batch a device, padding 48.4%, cut 25 tokens of 1 document (26.6%)",
         "64 tokens trained, 97.0% of the 66 read",
         "warning: 27% of the tokens are cut off: --ctx_len 90 takes the longest whole, --dataload chunk cuts none",
-        "1 samples hold no trained token (their answers lie beyond --ctx_len?)",
+        "1 sample with no trained token (their answers lie beyond --ctx_len?)",
     ]
 
 

@@ -63,7 +63,7 @@ def test_before_the_first_step_all_that_matters_is_printed(world, finished):
         "ffn.value",
         "fp32",
         "memory",
-        "rwkv-2.pth and before it one every epoch; checkpoints",
+        "rwkv-2.pth at the end, and before it one after every epoch; checkpoints",
     ):
         assert " ".join(text.split()) in " ".join(out.split()), out
     assert "\r" not in out and "\x1b" not in out  # not a terminal: no control codes
@@ -251,7 +251,7 @@ def test_a_step_without_a_trained_token_has_no_loss_and_spoils_no_mean(world, tm
     (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--micro_bsz", 1, "--data_shuffle", 0, "--tensorboard", 1, "--lr_init", 0]
     out = train(world, "--data_file", tmp_path / "late.jsonl", *flags, name="late")
-    assert "2 samples hold no trained token" in out
+    assert "2 samples with no trained token" in out
     lines = [json.loads(line) for line in (world / "late" / "loss_data.jsonl").read_text().splitlines()]
     assert [line["loss"] is None for line in lines] == [True, False, False, True, False, False]
     assert [line["trained"] == 0 for line in lines] == [line["loss"] is None for line in lines]

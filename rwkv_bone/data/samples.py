@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
+from ..terminal import counted
 from .documents import Documents
 
 DATALOADS = ("pad", "only", "chunk", "pack", "get")
@@ -274,21 +275,22 @@ class Summary:
 
     def lines(self) -> list[str]:
         """For people."""
-        short = f"; {self.too_short:,} of them are a single token and left out" if self.too_short else ""
-        of = f" of {self.cut_documents:,} documents" if self.cut_documents else ""
+        short = f"; left out: {counted(self.too_short, 'document')} of a single token" if self.too_short else ""
+        of = f" of {counted(self.cut_documents, 'document')}" if self.cut_documents else ""
         lines = [
-            f"{self.name}: {self.documents:,} documents, {self.tokens:,} tokens, longest {self.longest:,}{short}",
+            f"{self.name}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
+            f"longest {self.longest:,}{short}",
             *self.rows,
-            f"{self.samples:,} samples (--dataload {self.dataload}), {self.batches:,} batches a device, "
-            f"padding {self.padding:.1%}, cut {self.cut:,} tokens{of} ({self.cut / max(self.tokens, 1):.1%})",
-            f"{self.trained:,} tokens trained, {self.trained / self.inputs:.1%} of the {self.inputs:,} read",
+            f"{counted(self.samples, 'sample')} (--dataload {self.dataload}), {counted(self.batches, 'batch', 'es')} a device, "
+            f"padding {self.padding:.1%}, cut {counted(self.cut, 'token')}{of} ({self.cut / max(self.tokens, 1):.1%})",
+            f"{counted(self.trained, 'token')} trained, {self.trained / self.inputs:.1%} of the {self.inputs:,} read",
         ]
         if self.cut > 0.05 * self.tokens:
             cure = f"--ctx_len {self.longest} takes the longest whole" + ", --dataload chunk cuts none" * (self.dataload == "pad")
             lines.append(f"warning: {self.cut / self.tokens:.0%} of the tokens are cut off: {cure}")
         if self.untrained_samples:
             why = "their answers lie beyond --ctx_len" if self.dataload in ("pad", "only") else "pieces of questions alone"
-            lines.append(f"{self.untrained_samples:,} samples hold no trained token ({why}?)")
+            lines.append(f"{counted(self.untrained_samples, 'sample')} with no trained token ({why}?)")
         return lines
 
 

@@ -161,9 +161,10 @@ def summary(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def describe(found: dict[str, Any], count_end: bool) -> str:
     """The summary for people."""
     bits = "" if found["bits_per_byte"] is None else f", {found['bits_per_byte']:.4f} bits per byte"
+    documents = "1 document" if found["documents"] == 1 else f"{found['documents']:,} documents"
     which = "trained tokens" if found["masked"] else "tokens"
     return (
         f"loss {found['loss']:.6f} nats per token, perplexity {found['perplexity']:.4f}{bits}\n"
-        f"over {found['counted']:,} {which} of {found['documents']:,} documents ({found['tokens']:,} tokens), each from a zero "
+        f"over {found['counted']:,} {which} of {documents} ({found['tokens']:,} tokens), each from a zero "
         f"state, its first token given; ends of document are {'counted' if count_end else 'left out'}"
     )

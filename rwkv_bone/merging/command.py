@@ -14,6 +14,7 @@ from ..files.safetensors import is_safetensors
 from ..interop import web_rwkv
 from ..interop.rwkv_peft import Foreign
 from ..peft import quant
+from ..terminal import counted, fitted
 from .merge import Merge, Options
 from .verify import verify
 from .write import FORMATS, STATE_INSIDE, gguf_plan, web_names, write_lora, write_model, write_peft, write_state
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         web_names(job)
     if format == "gguf":
         plan = gguf_plan(job, args.dtype or "fp16")
-    print(f"base       {job.base_path}: {job.model.describe()}")
+    print(fitted(f"base       {job.base_path}: {job.model.describe()}"))
     if args.quant != "none":
         print(f"           its projections of {' and '.join(job.kind.targets)} as they are in {args.quant}, dequantised")
     for adapter in job.adapters:
@@ -182,7 +183,8 @@ def description(adapter: Adapter) -> str:
     info = adapter.info
     options = ", ".join(f"{name} {value}" for name, value in vars(adapter.config).items()) if adapter.config else ""
     words = [f"{info['method']} ({options})" if options else "parts of the base"]
-    words.append(f"{len(adapter.layers)} projections, {len(adapter.parts)} tensors trained in full")
+    words += [counted(len(adapter.layers), "projection")] if adapter.layers else []
+    words += [f"{counted(len(adapter.parts), 'tensor')} trained in full"] if adapter.parts else []
     if "step" in info:
         words.append(f"after step {info['step']}")
     words.append(f"of {info['foreign']}, on an unknown base" if "foreign" in info else f"on {info['base'].get('file', 'a base')}")

@@ -120,6 +120,8 @@ def verdict_of(course: Course, config: TrainConfig, recommended: float) -> str:
     """What is off with the run, "" where nothing is."""
     enough = not config.load_model or verdict.worth(len(course.steps), config, recommended) >= verdict.ENOUGH
     loss, trained = ([line[name] for line in course.steps] for name in ("loss", "trained"))
+    if len(loss) == 1 and not course.held_out:
+        return "one step does not show whether the model learns: train for more steps (--epoch_count)"
     n = max(1, len(loss) // 4)  # so many that the luck of a few documents says little
     quarters = mean_loss(loss[:n], trained[:n]), mean_loss(loss[-n:], trained[-n:])
     return verdict.verdict(quarters, course.held_out, enough)

@@ -26,7 +26,7 @@ def split(documents: Documents, share: float) -> tuple[Documents, Documents]:
     n = len(documents)
     held = np.unique(np.linspace(0, n - 1, max(1, round(share * n))).astype(np.int64))
     if len(held) == n:
-        raise UserError(f"--val_split {share} of {n} documents leaves none to train on")
+        raise UserError(f"--val_split {share} of {counted(n, 'document')} leaves none to train on")
     return some_of(documents, np.setdiff1d(np.arange(n), held)), some_of(documents, held)
 
 
@@ -40,7 +40,7 @@ def rows_of(documents: Documents, rows: str) -> Documents:
     first, _, last = rows.partition(":")
     chosen = some_of(documents, slice(int(first or 0), int(last) if last else None))
     if not len(chosen):
-        raise UserError(f"--data_rows {rows} of {len(documents)} documents leaves none to train on")
+        raise UserError(f"--data_rows {rows} of {counted(len(documents), 'document')} leaves none to train on")
     return chosen
 
 
@@ -102,7 +102,7 @@ class TrainingData:
         data.round_to, data.documents, data.cure = round_to, documents, samples.cure()
         data.shuffle = config.data_shuffle and config.dataload != "get"  # whose order is its own
         if validation is not None:
-            data.lines.append(f"validation on {len(validation):,} documents, {validation.total_tokens:,} tokens")
+            data.lines.append(f"validation on {counted(len(validation), 'document')}, {validation.total_tokens:,} tokens")
         return data
 
     @classmethod
@@ -241,7 +241,7 @@ class TrainingData:
             asked = f"--epoch_steps {self.config.epoch_steps}"
             lines.append(f"{asked} is more than the data hold: an epoch has {counted(steps, 'step')}; for more, --epoch_count")
         if unseen := self.unseen(world):
-            lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends before {unseen:,} samples were seen")
+            lines.append(f"--epoch_steps {self.config.epoch_steps}: the run ends with {counted(unseen, 'sample')} unseen")
         return lines + self.lines
 
     def first_document(self) -> list[str]:

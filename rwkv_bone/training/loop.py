@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files.adapters import sidecar
 from ..models import LanguageModel
 from ..ops.float32 import set_matmul_backend
+from ..terminal import counted
 from . import ending, report, resume, summary, validation, verdict
 from .infctx import backward_in_chunks, equal_lengths
 from .loader import TrainingData
@@ -295,7 +296,7 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
     results = sorted(name for name in folder.files if name.endswith(".pth") and (folder / name).exists())
     if saved and not config.resume:
         cure = "--resume auto continues it, --overwrite replaces it"
-        raise UserError(f"{folder.path} holds a run ({saved[0]} steps): {cure}")
+        raise UserError(f"{folder.path} holds a run ({counted(saved[0], 'step')}): {cure}")
     if not saved and results and (folder.finished or not config.resume):
         raise UserError(f"{folder.path} holds {results[-1]} and no checkpoint to resume from: --overwrite replaces it")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..data.documents import Documents
 from ..data.tokenizer import UNKNOWN, Tokenizer
+from ..terminal import counted
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -22,7 +23,7 @@ def show_batch(micro: dict[str, Tensor], tokenizer: Tokenizer, colour: bool | No
         last = max((i for i, token in enumerate(idx) if token or trained[i]), default=-1)
         tokens = [idx[0], *(t if on else following for t, on, following in zip(targets, trained, [*idx[1:], 0]))][: last + 2]
         text = marked(tokens, [False, *trained][: last + 2], tokenizer, colour)
-        rows.append(f"--- row {number + 1}: {len(tokens)} tokens, {sum(trained)} trained\n{text}")
+        rows.append(f"--- row {number + 1}: {counted(len(tokens), 'token')}, {sum(trained)} trained\n{text}")
     return "\n".join(rows)
 
 
@@ -30,7 +31,7 @@ def show_document(documents: Documents, tokenizer: Tokenizer, colour: bool | Non
     """Lines with the first `limit` tokens of the first document; a warning where they are not text of this tokenizer."""
     tokens, trained = documents.span(int(documents.starts[0]), min(int(documents.sizes[0]), limit))
     more = f", of which {limit} are shown" if documents.sizes[0] > limit else ""
-    lines = [f"--- the first document, {documents.sizes[0]:,} tokens{more}; trained text is marked"]
+    lines = [f"--- the first document, {counted(int(documents.sizes[0]), 'token')}{more}; trained text is marked"]
     lines += marked(tokens.tolist(), trained.tolist(), tokenizer, colour).split("\n")
     shown = tokenizer.decode(tokens.tolist())
     if shown.count(UNKNOWN) > len(shown) / 4:

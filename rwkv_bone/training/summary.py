@@ -103,7 +103,7 @@ def describe(
     lines.append(f"memory     about {in_bytes(sum(parts.values()))} a device: {detail}")
     last = config.epoch_begin + config.epoch_count - 1
     often = "epoch" if config.epoch_save == 1 else f"{config.epoch_save} epochs"
-    earlier = f" and before it one every {often}" if config.epoch_save < config.epoch_count else ""
+    earlier = f" at the end, and before it one after every {often}" if config.epoch_save < config.epoch_count else ""
     lines.append(f"files      {Path(config.proj_dir) / f'rwkv-{last}.pth'}{earlier}; "
                  f"checkpoints, train_log.txt, loss_data.jsonl and metrics.csv beside it")  # fmt: skip
     return "\n".join([*above, *map(fitted, lines)])

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..config import TrainConfig
 from ..models import LanguageModel
+from ..terminal import counted
 from .schedule import learning_rate
 
 ENOUGH = 20  # steps at the recommended rate: tiny-rwkv7-gsm8k's held-out loss falls by 8% in 8 of them, by 18% in 14
@@ -53,9 +54,8 @@ def before(config: TrainConfig, steps_per_epoch: int, samples: int, world: int, 
         advice.append(f"--epoch_count {epochs}")
     if config.lr_init < recommended / 2:
         advice.append(f"--lr_init {recommended:g}")
-    advised = f": for {samples:,} samples try {' '.join(advice)}" if advice else ""
-    at = f"{steps:,} steps at " if steps > 1 else "1 step at "
-    return f"warning: {at}{config.lr_init:g} will hardly change the model{advised}"
+    advised = f": for {counted(samples, 'sample')} try {' '.join(advice)}" if advice else ""
+    return f"warning: {counted(steps, 'step')} at {config.lr_init:g} will hardly change the model{advised}"
 
 
 class Held(NamedTuple):
