@@ -43,6 +43,8 @@ MEANINGS = [
         ("pissa", {"r": 8, "svd_niter": 4}, "l.pth", "i.pth", ()),
     ),
     ("miss", {"peft_config": '{"r":8}'}, ("miss", {"r": 8}, "", "", ())),
+    ("miss", {"peft_config": '{"r":8,"mini_r":2}'}, ("miss", {"r": 8}, "", "", ())),  # without "mini" peft does not read it
+    ("miss", {"peft_config": '{"init_weights":"mini","mini_r":2}'}, ("miss", {"mini_r": 2}, "", "", ())),
     ("miss", {"peft_config": '{"init_weights":"bat","target_modules":["key"]}'}, ("bone_col", {}, "", "", ("key",))),
     (
         "lora",
@@ -79,7 +81,7 @@ REFUSED_JSON = [
     ("lora", {"lora_config": '{"lora_r":8}', "peft_config": '{"r":16}'}, "r is given twice, as 8 and 16"),
     ("lora", {"peft_config": '{"use_dora":true,"use_rslora":true}'}, "use_dora and use_rslora"),
     ("lora", {"peft_config": '{"init_lora_weights":"loftq"}'}, "initial weights 'loftq'"),
-    ("miss", {"peft_config": '{"init_weights":"mini"}'}, "initial weights 'mini'"),
+    ("miss", {"peft_config": '{"init_weights":"maxi"}'}, "initial weights 'maxi'"),
     ("lora", {"lisa_config": "{}"}, "--lisa_config: unknown"),
 ]
 

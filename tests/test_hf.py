@@ -327,9 +327,9 @@ def test_it_is_generated_from_and_measured(folders, rows, capsys):
 def test_peft_loads_our_adapters_and_we_load_pefts(folders, rows, tmp_path):
     peft = pytest.importorskip("peft", reason="needs the peft package")
     base = folders["qwen3"]
-    for method in ("lora", "miss"):
-        assert train(flags(base, rows, "--peft", method, "--r", 4, name=method)) == 0
-        adapter, folder = rows.parent / method / "rwkv-0.pth", tmp_path / f"{method}-peft"
+    for name, options in {"lora": (), "miss": (), "mini": ("--peft", "miss", "--mini_r", 2)}.items():
+        assert train(flags(base, rows, "--peft", name, "--r", 4, *options, name=name)) == 0
+        adapter, folder = rows.parent / name / "rwkv-0.pth", tmp_path / f"{name}-peft"
         argv = ("--base_model", base, "--peft_checkpoint", adapter, "--output", folder, "--as", "peft")
         assert merge(list(map(str, argv))) == 0
         ours, theirs = load_model(base), peft.PeftModel.from_pretrained(open_hf(base), folder).eval()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.files.adapters import load_adapter, read_adapter, save_adapter
+from rwkv_bone.files.adapters import load_adapter, read_adapter, read_info, save_adapter
 from rwkv_bone.files.models import fingerprint, load_model, open_model
 from rwkv_bone.files.pth import open_tensors, save_tensors, write_pth
 from rwkv_bone.interop.rwkv_peft import Foreign
@@ -48,11 +48,11 @@ def train_in_full(model, parts) -> None:
             p.requires_grad_(True)
 
 
-def save_trained(path: Path, base: Path, method: str = "bone", parts=("time", "ln"), size: float = 0.05):
+def save_trained(path: Path, base: Path, method: str = "bone", parts=("time", "ln"), size: float = 0.05, **options):
     """A model on `base` with a trained adapter, and the adapter's file."""
     model = load_model(base)
     cls = METHODS[method]
-    config = cls.config_from({"r": R}, method)
+    config = cls.config_from({"r": R, **options}, method)
     inject(model, cls, config)
     for layer in adapters(model).values():
         if cls.starts_from_gradient:
@@ -434,9 +434,14 @@ def updates(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return {name: t - weights[name] for name, t in model.state_dict().items() if not t.equal(weights[name])}
 
 
-@pytest.mark.parametrize(("method", "rank"), [("miss", R), ("lora", R), ("rslora", R), ("pissa", 2 * R), ("olora", 2 * R)])
-def test_methods_that_are_loras_are_written_as_one_exactly(method, rank, base, tmp_path):
-    save_trained(tmp_path / "a.pth", base, method)
+LORAS = [("miss", {}), ("miss", {"mini_r": 8}), *((name, {}) for name in ("lora", "rslora", "pissa", "olora"))]
+
+
+@pytest.mark.parametrize(("method", "options"), LORAS)
+def test_methods_that_are_loras_are_written_as_one_exactly(method, options, base, tmp_path):
+    save_trained(tmp_path / "a.pth", base, method, **options)
+    assert (read_info(tmp_path / "a.pth") or {})["options"].items() >= options.items()
+    rank = 2 * R if method in ("pissa", "olora") else R
     run("--base_model", base, "--peft_checkpoint", tmp_path / "a.pth", "--as", "lora", "--output", tmp_path / "lora.pth")
     wanted, ours = updates(base, tmp_path / "a.pth"), updates(base, tmp_path / "lora.pth")
     assert wanted.keys() == ours.keys()

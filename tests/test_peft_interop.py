@@ -13,7 +13,14 @@ from rwkv_bone.peft import METHODS, adapter_tensors, attach, inject
 
 peft = pytest.importorskip("peft", reason="needs the peft package")
 
-METHODS_IN_PEFT = [name for name in METHODS if name != "bone"]
+IN_PEFT = [
+    *(
+        (name, {"alpha": 6.0} if "alpha" in method.Config.__dataclass_fields__ else {})
+        for name, method in METHODS.items()
+        if name != "bone"
+    ),
+    ("miss", {"mini_r": 2}),
+]
 
 
 class Net(nn.Module):
@@ -85,9 +92,9 @@ def trained_there(config):
 x = torch.linspace(-2, 2, 5 * 16).view(5, 16).sin()
 
 
-@pytest.mark.parametrize("name", METHODS_IN_PEFT)
-def test_peft_loads_what_we_write_and_computes_the_same(name, tmp_path):
-    model = ours(name, **({"alpha": 6.0} if "alpha" in METHODS[name].Config.__dataclass_fields__ else {}))
+@pytest.mark.parametrize(("name", "options"), IN_PEFT)
+def test_peft_loads_what_we_write_and_computes_the_same(name, options, tmp_path):
+    model = ours(name, **options)
     options = vars(model.blocks[0]["att"]["key"].config)
     write_folder(tmp_path / "out", adapter_tensors(model), {"method": name, "options": options})
     assert is_folder(tmp_path / "out")
@@ -115,6 +122,7 @@ THEIRS = {
     "dora": lambda: peft.LoraConfig(r=3, use_dora=True, **TARGETS),
     "lora and head": lambda: peft.LoraConfig(r=3, modules_to_save=["head"], **TARGETS),
     "miss": lambda: peft.MissConfig(r=5, **TARGETS),
+    "miss, mini": lambda: peft.MissConfig(r=5, init_weights="mini", mini_r=8, **TARGETS),
     "bone_col": lambda: peft.MissConfig(r=4, init_weights="bat", **TARGETS),
 }
 
@@ -156,7 +164,7 @@ REFUSED = [
     ({"lora_alpha": 0}, "lora_alpha=0 is not supported"),
     ({"use_dora": True, "use_rslora": True}, "DoRA with use_rslora"),
     ({"r": "4"}, "r is an int, not '4'"),
-    ({"peft_type": "MISS", "init_weights": "mini"}, "MiSS of peft is read with"),
+    ({"peft_type": "MISS", "init_weights": "maxi"}, "MiSS of peft is read with"),
     ({"peft_type": "MISS", "init_weights": True}, "lora_A.weight: a tensor of no known meaning in a MISS folder"),
 ]
 

@@ -1,7 +1,7 @@
 """Adapters as folders of Hugging Face peft: `adapter_config.json` and `adapter_model.safetensors`, written and read.
 
     LORA   <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r), DoRA: <module>.lora_magnitude_vector (out,)
-    MISS   <module>.miss_block: (r, out), or with init_weights "bat" (out/r, r, r), which is `bone_col` here
+    MISS   <module>.miss_block: (r, out), with init_weights "mini" (r, mini_r), with "bat" (out/r, r, r): `bone_col` here
     BONE   <module>.bone_block: MISS under the name that it had in peft 0.14 to 0.18; read only
 
 each name preceded by `base_model.model.`; of modules that were trained in full, `base_model.model.<module>.weight` stands beside.
@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files import safetensors
 from ..peft import METHODS, AdapterLinear
 from ..peft.lora import LoraLinear, RankConfig
+from ..peft.miss import MissConfig
 from ..peft.shifted import ShiftedLoraLinear
 
 PREFIX = "base_model.model."
@@ -71,7 +72,9 @@ def to_peft(
     if method not in METHODS or method == "bone":
         raise UserError(f"peft has no method {method}; merge the adapter instead, or write it as a LoRA first")
     config = METHODS[method].config_from(options, method)
-    own = set(layer_of(METHODS[method], config, 2 * config.r, 2 * config.r).state_dict()) - {"weight"}
+    mini_r = config.mini_r if isinstance(config, MissConfig) else 0
+    size = 2 * config.r * max(1, mini_r)  # any that the method can have
+    own = set(layer_of(METHODS[method], config, size, size).state_dict()) - {"weight"}
     layers: dict[str, dict[str, Tensor]] = {}
     parts = {}
     for name, tensor in tensors.items():
@@ -94,7 +97,8 @@ def to_peft(
     }
     theirs: dict[str, Tensor] = {}
     if method in ("miss", "bone_col"):
-        special = {"init_weights": "bat" if method == "bone_col" else True, "miss_dropout": 0.0, "mini_r": 1}
+        form = "bat" if method == "bone_col" else "mini" if mini_r else True
+        special = {"init_weights": form, "miss_dropout": 0.0, "mini_r": mini_r or 1}
         for name, found in layers.items():
             (block,) = found.values()
             theirs[f"{PREFIX}{name}.miss_block"] = block
@@ -167,11 +171,13 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
         if options["alpha"] == 0:  # which would mean alpha = r here
             raise UserError("peft's lora_alpha=0 is not supported: such an adapter does nothing")
     elif config.get("peft_type") in ("MISS", "BONE"):
-        if config.get("init_weights") not in (True, False, "bat") or config.get("miss_dropout", 0) != 0:
-            raise UserError("MiSS of peft is read with init_weights true, false or \"bat\", and without dropout")
+        if config.get("init_weights") not in (True, False, "bat", "mini") or config.get("miss_dropout", 0) != 0:
+            raise UserError("MiSS of peft is read with init_weights true, false, \"bat\" or \"mini\", and without dropout")
         method = "bone_col" if config["init_weights"] == "bat" else "miss"
         suffix = MISS["bone"] if config["peft_type"] == "MISS" else "bone_block"
         names, options = {"bone_col" if method == "bone_col" else "bone": suffix}, {"r": config.get("r")}
+        if config["init_weights"] == "mini":
+            options["mini_r"] = config.get("mini_r", 1)
     else:
         raise UserError(f"peft_type {config.get('peft_type')!r} is not supported; LORA, MISS and BONE are")
     METHODS[method].config_from(options, method)

@@ -40,6 +40,7 @@ PEFT = {  # the keywords of peft's LoraConfig and MissConfig, and what RWKV-PEFT
     "use_rslora": ("use_rslora", bool),
     "init_lora_weights": ("start", object),
     "init_weights": ("start", object),
+    "mini_r": ("mini_r", int),
     **LORA,
 }
 CONFIGS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, type]]]] = {
@@ -103,6 +104,11 @@ def of_peft(method: str, found: dict[str, Any]) -> str:
         method = "rslora"
     elif dora or rslora:
         raise UserError(f"--peft_config: use_dora and use_rslora choose one variant of lora, not of {method}, and not both")
+    if method == "miss":
+        mini_r = found.pop("mini_r", 1)  # which only "mini" reads
+        if start == "mini":
+            found["mini_r"] = mini_r
+            return method
     if start in (True, False):
         return method
     if method == "miss" and start == "bat":

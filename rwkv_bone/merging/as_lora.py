@@ -23,7 +23,7 @@ def exact_factors(layer: AdapterLinear) -> tuple[Tensor, Tensor] | None:
     """A (k, in) and B (out, k) with W' = W + B A; None where the update has no such form."""
     if isinstance(layer, MissLinear):
         in_, r = layer.weight.shape[1], layer.config.r
-        return torch.eye(r, device=layer.weight.device)[:, torch.arange(in_) % r], layer.bone.T
+        return torch.eye(r, device=layer.weight.device)[:, torch.arange(in_) % r], layer.D().T
     if isinstance(layer, LoraLinear) and not isinstance(layer, DoraLinear):
         A, B = layer.factors()
         return A, layer.scale * B

@@ -240,14 +240,21 @@ def inject(
 def attach(
     model: nn.Module, method: type[AdapterLinear], config: AdapterLinear.Config, names: Iterable[str]
 ) -> list[AdapterLinear]:
-    """Freeze the model and replace the named layers by adapter layers, not started: for values from a file."""
+    """Freeze the model and replace the named layers by adapter layers, not started: for values from a file.
+
+    UserError, and no layer is replaced, where the method cannot have a layer's shape.
+    """
     model.requires_grad_(False)
-    layers = []
+    layers = {}
     for name in names:
         weight, bias = weight_and_bias(model, name)
-        layers.append(method.on(weight, config, bias))
-        model.set_submodule(name, layers[-1])
-    return layers
+        try:
+            layers[name] = method.on(weight, config, bias)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return list(layers.values())
 
 
 @contextlib.contextmanager
