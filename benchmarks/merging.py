@@ -39,8 +39,8 @@ PROGRAMS = {
     "merge.py": """
 import functools
 parts = {}
-def timed(owner, name, part):  # an inner part's time is taken from the outer one's
-    f = getattr(owner, name)
+inside = 0.0
+def timed(part, f):  # an inner part's time is taken from the outer one's
     @functools.wraps(f)
     def call(*args, **kwargs):
         global inside
@@ -51,15 +51,18 @@ def timed(owner, name, part):  # an inner part's time is taken from the outer on
             took = time.process_time() - began
             parts[part] = parts.get(part, 0.0) + took - inside
             inside = outer + took
-    setattr(owner, name, call)
-inside = 0.0
+    return call
 from rwkv_bone.merging import command, merge
 from rwkv_bone.files import adapters, pth
-timed(merge.Merge, "__init__", "opening base and adapter")
-timed(adapters.Adapter, "merged", "W' from W and B")
-timed(merge.Merge, "changed", "rounding, and what the report says")
-timed(pth.Streamed, "renew", "mapping anew")
-timed(pth, "record", "checksum and writing")
+merge.Merge.__init__ = timed("opening base and adapter", merge.Merge.__init__)
+panels = adapters.Adapter.merged_panels
+def timed_panels(*args):
+    items = panels(*args)
+    return iter(timed("W' from W and B", lambda: next(items, None)), None)
+adapters.Adapter.merged_panels = timed_panels
+merge.Merge.changed = timed("rounding, and what the report says", merge.Merge.changed)
+pth.Streamed.renew = timed("giving pages back", pth.Streamed.renew)
+pth.record = timed("checksum and writing", pth.record)
 command.main(["--base_model", base, "--peft_checkpoint", adapter, "--output", output, "--overwrite"])
 parts["everything else"] = time.process_time() - start - sum(parts.values())
 """,

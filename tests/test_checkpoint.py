@@ -16,7 +16,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.files.adapters import load_adapter, read_adapter, save_adapter, sidecar
 from rwkv_bone.files.atomic import atomic
 from rwkv_bone.files.models import fingerprint, load_model, open_model
-from rwkv_bone.files.pth import Streamed, open_tensors, save_tensors, write_pth
+from rwkv_bone.files.pth import Streamed, give_back, open_tensors, save_tensors, write_pth
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
 from rwkv_bone.training.resume import load_state, save_state
 from tests.independent import rwkv_package_logits
@@ -293,15 +293,37 @@ def test_the_fingerprint_tells_models_apart_and_knows_one_again(make_model, tmp_
     assert known != fingerprint(last)
 
 
-def test_streamed_tensors_are_the_files_and_stay_good_when_the_mapping_is_renewed(tmp_path):
+@pytest.mark.parametrize(("converted", "times"), [(False, 1), (True, 5)])  # two of 4000 bytes each time
+def test_streamed_tensors_are_the_files_and_stay_good_when_memory_is_given_back(converted, times, tmp_path):
     tensors = {f"t{i}": torch.randn(1000) for i in range(9)}
     save_tensors(tmp_path / "m.pth", tensors)
     opened = []
-    streamed = Streamed(lambda: opened.append(1) or open_tensors(tmp_path / "m.pth"), budget=10_000)
+
+    def open_():
+        opened.append(1)
+        return {n: t.clone() if converted else t for n, t in open_tensors(tmp_path / "m.pth").items()}
+
+    streamed = Streamed(open_, budget=10_000)
     kept = {name: streamed[name] for name in streamed}
-    assert len(opened) == 5  # two of 4000 bytes each time
+    assert len(opened) == times
     for name, tensor in kept.items():
         assert torch.equal(tensor, tensors[name])
+
+
+def resident() -> float:
+    """MiB of files' pages in this process's memory."""
+    return int(pathlib.Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
+
+
+def test_mapped_pages_are_given_back_and_no_other_memory_is_touched(tmp_path):
+    save_tensors(tmp_path / "m.pth", {"t": torch.ones(16 << 20)})
+    mapped = open_tensors(tmp_path / "m.pth")
+    before = resident()
+    assert mapped["t"].sum() == 16 << 20 and resident() > before + 60
+    assert give_back(mapped.values()) and resident() < before + 4
+    assert mapped["t"].sum() == 16 << 20
+    own = torch.ones(4 << 20)
+    assert not give_back([*mapped.values(), own]) and own.sum() == 4 << 20
 
 
 # ---------------------------------------------------------------- adapters

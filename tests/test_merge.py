@@ -745,7 +745,7 @@ def test_a_full_disk_gives_one_line_code_2_and_leaves_nothing(paths, tmp_path):
 
 def large_model(path: Path):
     """400 MB of random bf16 weights, of the World vocabulary."""
-    sizes = RWKV7.new_sizes(vocab_size=65536, n_layer=22, n_embd=640, dim_ffn=2240)
+    sizes = RWKV7.new_sizes(vocab_size=65536, n_layer=25, n_embd=640, dim_ffn=2240)
     layout = {name: (torch.bfloat16, shape) for name, shape in RWKV7.shapes(sizes).items()}
     write_pth(path, layout, ((name, torch.empty(shape, dtype=dtype).normal_(0, 0.02)) for name, (dtype, shape) in layout.items()))
     return sizes

@@ -6,7 +6,7 @@ adapter file = model. The sidecar `.json` of the same name is the record's copy,
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,12 @@ class Adapter:
         if name.removesuffix(".weight") in self.layers:
             return self.layer(name.removesuffix(".weight"), weight).merged_weight()
         return self.tensors[name].to(weight.device) if name in self.parts else weight
+
+    def merged_panels(self, name: str, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`merged` as panels (rows, their values); a panel is valid until the next one is drawn."""
+        if name.removesuffix(".weight") in self.layers:
+            return self.layer(name.removesuffix(".weight"), weight).merged_panels()
+        return iter([(slice(None), self.merged(name, weight))])
 
 
 def read_adapter(

@@ -1,6 +1,8 @@
 """RWKV's flat `.pth`, name -> tensor: read by memory map, read in little memory, written tensor by tensor."""
 
+import ctypes
 import io
+import mmap
 import os
 import pickle
 import re
@@ -86,11 +88,12 @@ def reason(error: Exception) -> str:
 
 
 class Streamed(Mapping[str, Tensor]):
-    """A file's tensors for reading each of them once, in little memory.
+    """A file's tensors for reading each of them once, in little memory; nothing may be written into them.
 
-    Mapped pages count as memory in use once they are read, so the mapping is renewed after every `budget` bytes, or as many as
-    the largest tensor has. A tensor that was handed out keeps the mapping that it came from. `.tensors` are for looking at
-    dtypes and shapes.
+    Mapped pages count as memory in use once they are read, so they are given back after every `budget` bytes, or as many as the
+    largest tensor has. Tensors that were handed out stay valid: their pages are read again where they are used again. Tensors
+    that are no mapping of a file (converted ones, or where the system is not Linux) are opened anew instead. `.tensors` are for
+    looking at dtypes and shapes.
     """
 
     def __init__(self, open_: Callable[[], dict[str, Tensor]], budget: int = 32 << 20):
@@ -112,8 +115,35 @@ class Streamed(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def renew(self) -> None:
-        self.tensors, self.read = {}, 0  # the old mapping goes before the new one comes
-        self.tensors = self.open()
+        self.read = 0
+        if not give_back(self.tensors.values()):
+            self.tensors = {}  # the old ones go before the new ones come
+            self.tensors = self.open()
+
+
+def give_back(tensors: Iterable[Tensor]) -> bool:
+    """Drop the mapped pages of tensors from memory until they are read again; False, and nothing done, unless all are of files.
+
+    To any other memory this would be fatal: it would be zeros afterwards. So the system is asked what is a file's.
+    """
+    try:
+        with open("/proc/self/maps") as file:  # address range, permissions, offset, device, inode (0: no file), path
+            fields = [line.split(None, 5) for line in file]
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    files = [tuple(int(end, 16) for end in f[0].split("-")) for f in fields if f[1].startswith("r") and f[4] != "0"]
+    ranges = set()
+    for tensor in tensors:
+        begin = tensor.untyped_storage().data_ptr()
+        end = begin + tensor.untyped_storage().nbytes()
+        whole = [(first, last) for first, last in files if first <= begin and end <= last]
+        if not whole:
+            return False
+        ranges.add(whole[0])
+    return all(
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED) == 0 for first, last in ranges
+    )
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

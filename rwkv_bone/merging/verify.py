@@ -1,6 +1,7 @@
 """Whether the written file computes what base + adapters compute: on 32 tokens, in float32, stage by stage.
 
-Only one stage of one model (a block, or the head) is in memory at a time.
+Only one stage of one model (a block, or the head) is in memory at a time, in float32; the file's pages are given back as soon as
+they are converted.
 """
 
 from collections.abc import Callable
@@ -12,23 +13,30 @@ from torch import Tensor
 
 from ..files.adapters import Adapter
 from ..files.models import by_parameter, file_tensors
-from ..files.pth import Streamed
+from ..files.pth import Streamed, give_back
 from ..models import Execution, LanguageModel
 from ..peft.adapter import weight_and_bias
 from .merge import Merge
 
 
 class Staged:
-    """A model whose parameters are read when a stage needs them, by `tensor(name, shape)`, and forgotten after it."""
+    """A model whose parameters are read when a stage needs them, by `tensor(name, shape)` from `file`, and forgotten after it."""
 
-    def __init__(self, model: LanguageModel, tensor: Callable[[str, tuple[int, ...]], Tensor], adapter: Adapter | None = None):
-        self.model, self.stages, self.tensor, self.adapter = model, model.stages(), tensor, adapter
+    def __init__(
+        self,
+        model: LanguageModel,
+        file: Streamed,
+        tensor: Callable[[str, tuple[int, ...]], Tensor],
+        adapter: Adapter | None = None,
+    ):
+        self.model, self.stages, self.file, self.tensor, self.adapter = model, model.stages(), file, tensor, adapter
 
     def run(self, x: Any) -> Any:
         """The next stage."""
         prefix, module, function = next(self.stages)
         values = {name: self.tensor(prefix + name, tuple(t.shape)).float() for name, t in module.state_dict().items()}
         module.load_state_dict(values, assign=True)
+        give_back(self.file.tensors.values())
         if self.adapter is not None:
             self.adapt(self.adapter, prefix)
         x = function(x)
@@ -59,9 +67,9 @@ def verify(job: Merge, output: Path) -> str:
     written = Streamed(lambda: by_parameter(job.kind, job.sizes, file_tensors(output)))
     state = job.initial_state
     models = [
-        Staged(empty_model(job), lambda name, _: job.base[name]),
-        Staged(empty_model(job, state), job.before, job.adapters[-1] if job.adapters else None),
-        Staged(empty_model(job, state), lambda name, _: written[name]),
+        Staged(empty_model(job), job.base, lambda name, _: job.base[name]),
+        Staged(empty_model(job, state), job.base, job.before, job.adapters[-1] if job.adapters else None),
+        Staged(empty_model(job, state), written, lambda name, _: written[name]),
     ]
     idx = (torch.arange(1, 33) * 7919 % job.sizes.vocab_size)[None]
     passed: list[Any] = [idx] * len(models)

@@ -124,6 +124,10 @@ class AdapterLinear(nn.Module):
         """The weight (out, in) of the plain projection that this layer equals, in `self.dtype`, without gradient."""
         raise NotImplementedError
 
+    def merged_panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """`merged_weight` as panels (rows, their values), from the top down; a panel is valid until the next one is drawn."""
+        yield slice(None), self.merged_weight()
+
     @classmethod
     def lr_multiplier(cls, name: str, config: Config) -> float:
         """How much faster than the others the adapter tensor `name` learns."""

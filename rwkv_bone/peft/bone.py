@@ -11,6 +11,8 @@ One large product forward and one backward, as a frozen projection has, and 3 n 
 zeros and tile(s) is cut. For many tokens there is a form of fewer operations, in float32 on the CPU: rwkv_bone/ops/bone/cpu.py.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,15 +136,23 @@ class BoneLinear(AdapterLinear):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
+        merged = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        for rows, panel in self.merged_panels():
+            merged[rows] = panel
+        return merged
+
+    @torch.no_grad()
+    def merged_panels(self) -> Iterator[tuple[slice, Tensor]]:
         weight = dense(self.weight)
-        merged = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
         (out, in_), r = weight.shape, self.config.r
-        size = max(r, 64 // r * r)  # of a panel of rows, which stays in the cache
-        tiled = self.bone[:, torch.arange(min(size, out), device=weight.device) % r]  # (m, size, r)
+        size = min(out, max(r, 64 // r * r))  # of a panel of rows, which stays in the cache
+        tiled = self.bone[:, torch.arange(size, device=weight.device) % r]  # (m, size, r)
+        buffer, products = self.bone.new_empty(size, in_), torch.empty_like(tiled)  # fresh memory costs more than the work in it
         for rows in row_panels(out, size):
-            panel = merged[rows].copy_(weight[rows])
+            n = rows.stop - rows.start
+            panel = buffer[:n].copy_(weight[rows])
             pieces = blocks(panel, r).transpose(0, 1)  # (m, n, r): of the panel itself if r divides
-            pieces += torch.bmm(pieces, self.bone).add_(tiled[:, : len(panel)])
+            pieces += torch.bmm(pieces, self.bone, out=products[:, :n]).add_(tiled[:, :n])
             if in_ % r:
                 panel.copy_(pieces.transpose(0, 1).flatten(1)[:, :in_])
-        return merged
+            yield rows, panel
