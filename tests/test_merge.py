@@ -811,7 +811,7 @@ def test_every_command_of_the_documentation_works(make_model, tmp_path):
     save_trained(tmp_path / "out" / "rwkv-0.pth", base)
     run("--base_model", base, "--peft_checkpoint", tmp_path / "out" / "rwkv-0.pth", "--output", tmp_path / "merged.pth")
     save_trained(tmp_path / "out" / "second.pth", tmp_path / "merged.pth")
-    A, B, A0, B0 = (torch.randn(*shape) for shape in ((8, 24), (16, 8), (8, 24), (16, 8)))
+    A, B, A0, B0 = (torch.randn(*shape) for shape in ((8, 24), (24, 8), (8, 24), (24, 8)))
     key = "blocks.0.att.key"
     for name in ("lora", "pissa"):
         torch.save({f"{key}.lora_A": A, f"{key}.lora_B": B}, tmp_path / "theirs" / f"{name}.pth")
