@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,17 @@ def test_a_method_trains_and_merges_into_a_folder_that_transformers_opens(folder
     load_adapter(model, adapter)
     with torch.no_grad():
         torch.testing.assert_close(open_hf(merged)(IDX).logits, model(IDX)[0], **CLOSE)
+
+
+def test_rates_are_those_measured_on_a_llama_of_width_576_and_lower_in_wider_models(folders):
+    model = load_model(folders["llama"])
+    model.sizes = replace(model.sizes, n_embd=576)
+    rates = {method: model.recommended_rate(method) for method in (*METHODS, "none", "of tomorrow")}
+    assert rates["bone"] == rates["miss"] == rates["pissa"] == 1e-3 and rates["lora"] == 3e-3
+    model.sizes = replace(model.sizes, n_embd=4096)
+    assert all(1e-5 <= model.recommended_rate(method) < rate for method, rate in rates.items())
+    with pytest.raises(UserError, match="no initial state"):
+        model.recommended_rate("state")
 
 
 def test_full_training_of_tied_and_untied_models(folders, rows):

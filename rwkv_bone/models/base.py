@@ -238,8 +238,11 @@ class LanguageModel(nn.Module):
         """
         if method == "state" and (reason := self.cannot("state")):
             raise UserError(reason)
-        scale = (RATES_WIDTH / max(self.sizes.n_embd, RATES_WIDTH)) ** RATES_POWER
-        return float(f"{RATES.get(method, RATES['bone']) * scale:.0e}")
+        return self.lowered(RATES.get(method, RATES["bone"]), RATES_WIDTH)
+
+    def lowered(self, rate: float, width: int) -> float:
+        """A rate measured at that width, for this model's."""
+        return float(f"{rate * (width / max(self.sizes.n_embd, width)) ** RATES_POWER:.0e}")
 
     # ------------------------------------------------ state tuning
 
