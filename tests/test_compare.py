@@ -288,8 +288,8 @@ def test_rows_are_read_as_train_py_reads_them(world, tmp_path):
         assert len(documents) == 6
         return open_tokenizer("auto", 257).decode(documents[0][0].tolist()[:-1])
 
-    assert first() == "User: 0?\n\nAssistant: one\ntwo"  # a blank line would end the turn
-    assert first(template="g1") == "User: 0?\n\nAssistant: one\n\ntwo"
+    assert first() == first(template="g1") == "User: 0?\n\nAssistant: one\n\ntwo"
+    assert first(template="world") == "User: 0?\n\nAssistant: one\ntwo"  # a blank line would end the turn
 
 
 def dies(answer, *rest):

@@ -24,8 +24,8 @@ from rwkv_bone.data.encode import RowEncoder, encode_files
 from rwkv_bone.data.files import find_files
 from rwkv_bone.data.jsonl_to_binidx import convert
 from rwkv_bone.data.tokenizer import ByteTokenizer
-from rwkv_bone.errors import UserError, run
-from tests.runs import forked
+from rwkv_bone.errors import UserError
+from tests.runs import ROOT, forked
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -180,12 +180,11 @@ def test_an_endless_line_is_not_read_to_its_end(tmp_path, monkeypatch):
 # --- the command
 
 
-def command(*args, cwd=None) -> SimpleNamespace:
-    def work() -> None:
-        os.chdir(cwd or ".")
-        run(lambda: jsonl_to_binidx.main(list(map(str, args))))
-
-    return forked(work)
+def command(*args, cwd=None) -> subprocess.CompletedProcess:
+    """A process of its own: a fork would wait for ever for the World tokenizer's threads, which it does not have."""
+    argv = [sys.executable, "-m", "rwkv_bone.data.jsonl_to_binidx", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @shared

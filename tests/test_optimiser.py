@@ -54,7 +54,7 @@ def test_the_schedule_runs_over_optimizer_steps_also_where_micro_batches_are_acc
 
 
 def groups(model, **flags):
-    optimiser = make_optimiser(model, TrainConfig(data_file="-", **flags))
+    optimiser = make_optimiser(model, TrainConfig(data_file="-", **{"lr_init": 1e-4, **flags}))
     found = {id(p): group for group in optimiser.param_groups for p in group["params"]}
     return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 

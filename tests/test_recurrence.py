@@ -309,7 +309,7 @@ def test_a_new_recurrence_gets_checks_fake_kernels_and_autograd():
         return B, H, N, N
 
     kernel = SimpleNamespace(forward=toy_forward, backward=toy_backward, saved_shape=state_shape)
-    toy = Recurrence("toy", (Input("log_w"), STATE), toy_reference, toy_reference, {"cpu": kernel})
+    toy = Recurrence("toy", (Input("log_w"), STATE), toy_reference, toy_reference, toy_reference, {"cpu": kernel})
 
     def f(r, log_w, state=None, op="auto"):
         return toy((r, log_w, state), op)
