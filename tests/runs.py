@@ -205,6 +205,9 @@ def forked(work) -> SimpleNamespace:
         process = multiprocessing.get_context("fork").Process(target=body)
         process.start()
         process.join(120)
+        if process.is_alive():  # a thread that the copy does not have, and that something waits for
+            process.kill()
+            raise AssertionError("the copy of this process did not end in 120 s")
         out.seek(0)
         err.seek(0)
         return SimpleNamespace(returncode=process.exitcode, stdout=out.read(), stderr=err.read())
