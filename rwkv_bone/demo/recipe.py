@@ -1,4 +1,7 @@
-"""Python's documentation sources -> plain text as jsonl, and a byte-level BPE vocabulary of 2,048 for it."""
+"""How base.pth, the demo's model, was made: Python's documentation sources -> plain text as jsonl, and a byte-level BPE
+vocabulary of 2,048 for it; the printed command trains the model. It is shipped (6 MB, 3 million parameters) so that the demo
+and its test need no download.
+"""
 
 import json
 import re

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import safetensors
+from ..files.folder import read_json
 from ..peft import METHODS, AdapterLinear
 from ..peft.lora import LoraLinear, RankConfig
 from ..peft.miss import MissConfig
@@ -146,14 +147,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     inside = Path(folder).is_dir()
     path = (Path(folder) if inside else Path(folder).parent) / CONFIG
     file = Path(folder) / TENSORS if inside else Path(folder)
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not the configuration of a peft adapter")
+    config = read_json(path)
     try:
         return from_peft(safetensors.open_safetensors(file)[0], config)
     except UserError as error:
