@@ -314,6 +314,35 @@ def test_a_rate_that_diverges_is_recorded_and_not_chosen(world, tmp_path):
     assert "1e+30" not in table and "| none: all parameters |" in table
 
 
+def test_one_rate_for_all_state_tuning_forgetting_and_what_was_trained(world, tmp_path):
+    """A table at one rate; state tuning; the loss on other text, as evaluate has it; files that are kept."""
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps({"text": f"A line of {n} words. " * 3}) + "\n" for n in range(3)))
+    methods = {"lora": {"r": 2, "lrs": [1e-2]}, "state": {"lrs": [1e-1]}, "none": {"lrs": [1e-3]}}
+    config = write(world, "more.json", methods=methods, seeds=[0], budget="lora", keep=True, one_rate=3e-3,
+                   general=str(tmp_path / "general.jsonl"), general_documents=2)  # fmt: skip
+    compare.main([str(config), "--out", str(tmp_path / "out")])
+    found = {(r["method"], r["lr"]): r for r in records(tmp_path / "out")}
+    assert {*found} == {("base", 0), ("lora", 1e-2), ("lora", 3e-3), ("state", 1e-1), ("none", 1e-3)}
+    model = load_model(world / "base.pth", torch.float32)
+    state = [name for name in model.add_initial_state()]
+    assert found["state", 1e-1]["trained"] == sum(model.get_parameter(name).numel() for name in state)
+
+    documents = open_documents(tmp_path / "general.jsonl", tokenizer=ByteTokenizer(257))
+
+    def general(model):
+        with torch.no_grad():
+            rows = [torch.from_numpy(documents[i][0])[None] for i in (0, 1)]
+            return torch.cat([torch.nn.functional.cross_entropy(model(x)[0][0, :-1], x[0, 1:], reduction="none") for x in rows])
+
+    base = load_model(world / "base.pth", torch.float32)
+    tuned = load_model(world / "base.pth", torch.float32)
+    load_adapter(tuned, tmp_path / "out" / "trained" / "lora-0.01-0" / "rwkv-0.pth")
+    losses = [general(m).mean().item() for m in (base, tuned)]
+    assert [found["base", 0]["general_loss"], found["lora", 1e-2]["general_loss"]] == pytest.approx(losses, rel=1e-5)
+    best, one = (tmp_path / "out" / "table.md").read_text().split("All at the rate 0.003:")
+    assert f"{losses[1] - losses[0]:+.4f}" in best and "| lora | 2 |" in one and "state: initial states" not in one
+
+
 # -------------------------------------------------- bad configs
 
 
@@ -327,6 +356,9 @@ def test_a_rate_that_diverges_is_recorded_and_not_chosen(world, tmp_path):
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"methods": {"bnoe": {}}}, "bnoe is no method"),
         ({"methods": {"none": {"r": 3}}}, "has no option r"),
+        ({"methods": {"state": {"r": 3}}}, "has no option r"),
+        ({"one_rate": -1}, "one_rate must be a rate, or 0"),
+        ({"general": 3}, "general must be the name of data"),
         ({"methods": {"bone": {"r": 4, "alpha": 2.0}}}, "no option alpha"),
         ({"methods": {"lora": {}}}, "budget: bone is no adapter"),
         ({"held_out_documents": 1}, "at least 2"),

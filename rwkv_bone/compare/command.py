@@ -7,13 +7,16 @@ The config holds flags of train.py by their names (load_model, data_file, ctx_le
 outermost one, and refined around it; then the other seeds run at the best rate. Half of the held-out documents (every second)
 chooses the rate, the other half is what is reported. A seed sets both the order of the data, the same for all methods, and an
 adapter's start.
+`one_rate` runs every adapter at one rate as well, for a second table; `general` names other text, and what a method forgets is
+how much the loss on it rises; `keep` keeps what each run trained.
 
 Each run is a process of its own, forked from one that has imported everything: nothing carries over from run to run, and its
 memory is its own. When it ends it becomes one line of DIR/runs.jsonl. Runs found there are not repeated, so that starting again
 goes on, and a larger grid, more seeds or another method cost only what is new. From these lines are made
 
-    table.md, table.csv   a row a method          runs.csv    a row a run
-    curves.csv            a row a run and step     curves.png  curves, sweep and results in one picture
+    table.md, table.csv   a row a method, with the training loss of steps 8 to 12 and of all (the area under its curve)
+    runs.csv, curves.csv  a row a run, a row a run and step
+    curves.png            curves, sweep and results in one picture
 """
 
 import argparse

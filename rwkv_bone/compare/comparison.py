@@ -11,12 +11,13 @@ from ..errors import UserError
 from ..peft import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2)
+NO_ADAPTER = ("base", "none", "state")  # the untrained model, full training, state tuning
 OURS = ("proj_dir", "peft", "peft_options", "lr_init", "lr_final", "random_seed", "epoch_count", "epoch_steps", "resume",
         "overwrite", "dry_run", "peft_checkpoint", "epoch_begin", "epoch_save", "fields")
 
 
 class Entry(NamedTuple):
-    """One row of the table: a method with its options, or `none`, full training, and the rates to try."""
+    """One row of the table: a method with its options, `none`, full training, or `state`, state tuning; and the rates to try."""
 
     label: str
     method: str
@@ -39,16 +40,20 @@ class Comparison:
     held_out: str  # data as data_file is, of which every `held_out_every`-th document is held out, `held_out_documents` in all
     held_out_documents: int = 64
     held_out_every: int = 1
+    general: str = ""  # other text, as data_file is: what a model forgets is how much its loss on it rises
+    general_documents: int = 24  # of which so many are read, each up to its first GENERAL_TOKENS tokens
     fields: dict[str, str] = field(default_factory=dict)  # {"question": "problem"}: names of the fields in jsonl files
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: {} for name in (*METHODS, "none")})
     # label -> options of the method, its own "lrs", and "method" where the label is not a method's name
     budget: str | int = "bone"  # trained parameters: a number, or the label whose r says it; r of the others is chosen by it
     lrs: tuple[float, ...] = RATES
+    one_rate: float = 0  # a rate that every adapter runs at with every seed, for a table of its own; 0: none
     lr_final_ratio: float = 1.0  # the last step's rate, as a share of the first one's, by --lr_schedule
     extend: int = 3  # how many rates the grid may grow by, while the best is the outermost
     refine: int = 1  # how many rates may be tried between them, where a parabola through the best and its neighbours is lowest
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 1  # runs at a time
+    keep: bool = False  # whether what each run trained is kept, in DIR/trained
     flags: dict[str, Any] = field(default_factory=dict)  # those of train.py, which stand beside these in the file
 
     @classmethod
@@ -82,10 +87,12 @@ class Comparison:
         given = {**self.flags, "proj_dir": str(proj_dir), "overwrite": True}
         given |= {"epoch_count": epochs, "epoch_steps": self.steps // epochs}
         method = "base" if run is None else run.entry.method
-        if method in ("base", "none"):
+        if method in NO_ADAPTER:
             given.pop("train_parts", None)  # nothing is trained, or all
         if run is None or method == "base":
             return TrainConfig(**given, peft="none", random_seed=run.seed if run else 0)
+        if method == "state":
+            given["train_type"], method = "state", "none"
         return TrainConfig(**given, peft=method, peft_options=dict(run.entry.options), lr_init=run.lr,
                            lr_final=run.lr * self.lr_final_ratio, random_seed=run.seed)  # fmt: skip
 
@@ -130,9 +137,13 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "held_out_documents": (whole(2), "a whole number, at least 2"),
     "held_out_every": (whole(1), "a whole number, at least 1"),
     "fields": (texts, 'names, such as {"question": "problem"}'),
+    "general": (text, "the name of data"),
+    "general_documents": (whole(1), "a whole number, at least 1"),
     "methods": (options, 'methods with their options, such as {"bone": {"r": 8, "lrs": [0.001]}}'),
     "budget": (lambda value: whole(1, 2**53)(value) or text(value), "one of methods, or a number of parameters"),
     "lrs": (listed(positive), "a list of different positive rates"),
+    "one_rate": (lambda value: value == 0 or positive(value), "a rate, or 0"),
+    "keep": (lambda value: isinstance(value, bool), "true or false"),
     "lr_final_ratio": (lambda value: value == 0 or positive(value), "a number, at least 0"),
     "extend": (whole(0), "a whole number, at least 0"),
     "refine": (whole(0), "a whole number, at least 0"),

@@ -31,6 +31,8 @@ from ..training.run import adapt, make_model
 from ..training.strategies import device_type, make_engine
 from ..training.summary import precision
 
+GENERAL_TOKENS = 1024  # of a document of `general`
+
 
 class Clock:
     """Notes the process's CPU time whenever a micro batch is made of samples."""
@@ -66,7 +68,27 @@ def held_out_losses(model: LanguageModel, documents: Documents, ids: Sequence[in
     return choosing, reported
 
 
-def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Documents, ids: Sequence[int]) -> dict[str, Any]:
+def general_loss(model: LanguageModel, documents: Documents | None, count: int) -> float:
+    """Mean loss per token of the beginnings of the first `count` documents; NaN where there are none."""
+    if documents is None:
+        return math.nan
+    found = np.zeros(2)
+    for at in range(0, min(count, len(documents)), 4):
+        rows = [documents[i] for i in range(at, min(at + 4, count, len(documents)))]
+        rows = [(tokens[: GENERAL_TOKENS + 1], np.ones(min(len(tokens), GENERAL_TOKENS + 1), bool)) for tokens, _ in rows]
+        found += np.sum(document_losses(model, rows, 512), 0)
+    return float(found[0] / found[1])
+
+
+def measure(
+    config: TrainConfig,
+    base: bool,
+    documents: Documents,
+    held_out: Documents,
+    ids: Sequence[int],
+    general: Documents | None = None,
+    general_documents: int = 0,
+) -> dict[str, Any]:
     """Train as `config` says, or only read the same batches with the untrained model, and measure."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -103,10 +125,14 @@ def measure(config: TrainConfig, base: bool, documents: Documents, held_out: Doc
             tokens.append(step["trained"])
             seconds.append(step["t_cost"])
     peak = peak_bytes(device) - before
-    choosing, reported = (math.inf, math.inf) if diverged else held_out_losses(model.to(device), held_out, ids)
+    choosing = reported = forgotten = math.inf
+    if not diverged:
+        choosing, reported = held_out_losses(model.to(device), held_out, ids)
+        forgotten = general_loss(model, general, general_documents)
     return {
         "choosing_loss": choosing,
         "held_out_loss": reported,
+        "general_loss": forgotten if math.isfinite(forgotten) else None,
         "trained": 0 if base else sum(p.numel() for p in model.parameters() if p.requires_grad),
         "step_seconds": statistics.median(seconds[1:] or seconds or [0.0]),  # the first one warms up
         "step_cpu_seconds": 0.0 if base else clock.cpu_seconds(),

@@ -16,6 +16,8 @@ from typing import Any
 from ..training.losses import mean_loss
 
 Row = dict[str, Any]
+NAMES = {"base": "base, untrained", "none": "none: all parameters", "state": "state: initial states"}
+EARLY = slice(7, 12)  # steps 8 to 12: how far a method is after some ten steps
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -26,10 +28,11 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 and finite else math.nan
 
 
-def rows(study) -> list[Row]:
-    """A row for each entry that has a result at its best rate, by held-out loss."""
+def rows(study, rate: float | None = None) -> list[Row]:
+    """A row for each entry that has a result at its best rate, or at `rate`, by held-out loss."""
     entries = (study.base, *study.entries)
-    best = {entry.label: study.at_best(entry) for entry in entries}
+    best = {entry.label: study.at(entry, rate) for entry in entries}
+    untrained = [r["general_loss"] for r in best["base"] if r.get("general_loss") is not None]
     first = {record["seed"]: record["held_out_loss"] for record in best[study.reference]}
     found = []
     for entry in entries:
@@ -40,6 +43,7 @@ def rows(study) -> list[Row]:
         # seed by seed: the same seed is the same order of the data
         apart, apart_spread = mean_and_spread([r["held_out_loss"] - first[r["seed"]] for r in records if r["seed"] in first])
         steps = [r for r in records if r["losses"]]
+        general = [r["general_loss"] - untrained[0] for r in records if untrained and r.get("general_loss") is not None]
         found.append(
             {
                 "method": entry.label,
@@ -51,7 +55,10 @@ def rows(study) -> list[Row]:
                 "held_out_sd": spread,
                 "difference": apart,
                 "difference_sd": apart_spread,
+                "early_loss": mean_and_spread([mean_loss(r["losses"][EARLY], step_tokens(r)[EARLY]) for r in steps])[0],
                 "training_loss": mean_and_spread([mean_loss(r["losses"], step_tokens(r)) for r in steps])[0],
+                "forgetting": mean_and_spread(general)[0],
+                "forgetting_sd": mean_and_spread(general)[1],
                 "step_seconds": min((r["step_seconds"] for r in records), default=0.0),
                 "step_cpu_seconds": min(r["step_cpu_seconds"] for r in records),
                 "peak_bytes": statistics.median(r["peak_bytes"] for r in records),
@@ -66,13 +73,16 @@ def step_tokens(record: Row) -> list[int]:
 
 
 def signed(value: float, spread: float) -> str:
+    if not math.isfinite(value):
+        return ""
     return f"{value:+.4f}" + (f" ± {spread:.4f}" if math.isfinite(spread) else "")
 
 
 def markdown(table: Iterable[Row], reference: str, on_cpu: bool) -> str:
     """The table for people. Spreads are standard deviations over seeds."""
     time = "CPU ms a step" if on_cpu else "ms a step"
-    head = ["method", "r", "trained", "lr", "held-out loss", f"less {reference}'s", "training loss", time, "peak MiB"]
+    head = ["method", "r", "trained", "lr", "held-out loss", f"less {reference}'s", "steps 8-12", "all steps", "forgetting",
+            time, "peak MiB"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in table:
         base = row["method"] == "base"
@@ -82,13 +92,15 @@ def markdown(table: Iterable[Row], reference: str, on_cpu: bool) -> str:
         seconds = row["step_cpu_seconds" if on_cpu else "step_seconds"]
         own = row["method"] == reference
         cells = [
-            "base, untrained" if base else "none: all parameters" if row["method"] == "none" else row["method"],
+            NAMES.get(row["method"], row["method"]),
             row["r"],
             "" if base else f"{row['trained']:,}",
             "" if base else f"{row['lr']:g}",
             loss,
             "" if own else signed(row["difference"], row["difference_sd"]),
+            f"{row['early_loss']:.4f}",
             f"{row['training_loss']:.4f}",
+            "" if base else signed(row["forgetting"], row["forgetting_sd"]),
             "" if base else f"{1000 * seconds:.0f}",
             "" if base else f"{row['peak_bytes'] / 2**20:.0f}",
         ]
@@ -104,6 +116,8 @@ def write(study) -> None:
         return
     on_cpu = all(record["device"] == "cpu" for record in results.values())
     text = markdown(table, study.reference, on_cpu)
+    if rate := study.comparison.one_rate:
+        text += f"\nAll at the rate {rate:g}:\n\n" + markdown(rows(study, rate), study.reference, on_cpu)
     (out / "table.md").write_text(text)
     write_csv(out / "table.csv", table)
     one = ("lr", "seed", "choosing_loss", "held_out_loss", "step_seconds", "step_cpu_seconds", "peak_bytes", "seconds", "date")
@@ -163,8 +177,8 @@ def picture(study, table: Sequence[Row], path: Path) -> None:
     colours |= {study.reference: "#d62728", "none": "black"}
     widths = {label: 2.6 if label == study.reference else 1.4 for label in labels}
     front = {label: 5 if label == study.reference else 3 for label in labels}
-    best = {label: study.at_best(entries[label]) for label in labels}
-    results, base, reference = study.results(), study.at_best(study.base), study.at_best(entries[study.reference])
+    best = {label: study.at(entries[label]) for label in labels}
+    results, base, reference = study.results(), study.at(study.base), study.at(entries[study.reference])
     figure, ((over, under), (middle, right)) = plt.subplots(2, 2, figsize=(13, 10.2), layout="constrained")
 
     width = max(1, study.comparison.steps // 8)

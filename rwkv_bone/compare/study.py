@@ -25,7 +25,7 @@ from .comparison import Comparison, Entry, Run
 from .sweep import make_entries, sweep, to_do
 
 NO_MATTER = ("proj_dir", "threads", "overwrite", "save_every_minutes", "load_model", "data_file")  # cannot change a result
-
+TRAINED = {"none": "the whole model", "state": "the initial states"}
 
 RECORD = {
     str: ("key", "label", "method", "date", "device", "diverged"),
@@ -47,7 +47,8 @@ def is_record(row: Any) -> bool:
     tokens = row.get("step_tokens", [])  # earlier versions said none
     if not isinstance(tokens, list) or len(tokens) not in (0, len(row["losses"])):
         return False
-    numbers += row["losses"] + tokens
+    general = row.get("general_loss")
+    numbers += row["losses"] + tokens + ([] if general is None else [general])
     return all(type(n) in (int, float) and (n == math.inf or 0 <= n <= 1e30) for n in numbers)
 
 
@@ -62,13 +63,16 @@ class Study:
         self.entries = make_entries(comparison, model)
         self.reference = comparison.budget if comparison.budget in comparison.methods else self.entries[0].label
         self.documents = self.open(shared, model)
-        self.held_out = self.open(replace(shared, data_type="auto", data_file=comparison.held_out, data_rows=""), model)
+        self.held_out = self.open_other(comparison.held_out, shared, model)
+        self.general = self.open_other(comparison.general, shared, model) if comparison.general else None
         self.held_out_ids = range(0, len(self.held_out), comparison.held_out_every)[: comparison.held_out_documents]
         self.epochs = self.count_epochs(shared)
         self.of_all = {"base": model.fingerprint, "data": identity(self.documents), "held_out": identity(self.held_out),
                        "held_out_documents": comparison.held_out_documents}  # fmt: skip
         if comparison.held_out_every != 1:
             self.of_all["held_out_every"] = comparison.held_out_every
+        if self.general is not None:
+            self.of_all["general"] = identity(self.general), comparison.general_documents
         self.file = out / "runs.jsonl"
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -87,8 +91,10 @@ class Study:
             f"{int(self.held_out.sizes[self.held_out_ids].sum()):,} tokens, every second one to choose the rate",
             f"a run     {c.steps} steps of {rows} rows of at most {shared.ctx_len} tokens",
         ]
+        if self.general is not None:
+            lines.insert(3, f"general   {c.general}: the beginnings of {min(c.general_documents, len(self.general))} documents")
         for entry in self.entries:
-            options = ", ".join(f"{name}={value}" for name, value in entry.options) or "the whole model"
+            options = ", ".join(f"{name}={value}" for name, value in entry.options) or TRAINED[entry.method]
             rates = " ".join(f"{lr:g}" for lr in entry.lrs)
             lines.append(f"{entry.label:12} {options}, {entry.trained:,} parameters, lr {rates}")
         done, left = len(self.results()), self.expected()
@@ -102,6 +108,9 @@ class Study:
         documents = TrainingData.open(replace(config, val_file="", val_split=0, val_every=0, patience=0), model).documents
         assert documents is not None
         return documents
+
+    def open_other(self, name: str, shared: TrainConfig, model: LanguageModel) -> Documents:
+        return self.open(replace(shared, data_type="auto", data_file=name, data_rows=""), model)
 
     def count_epochs(self, shared: TrainConfig) -> int:
         """The fewest epochs of equal length that make up the steps."""
@@ -163,7 +172,7 @@ class Study:
     def to_do(self) -> list[Run]:
         chosen_by = {run: record["choosing_loss"] for run, record in self.results().items()}
         c = self.comparison
-        return to_do((self.base, *self.entries), c.seeds, c.extend, c.refine, chosen_by)
+        return to_do((self.base, *self.entries), c.seeds, c.extend, c.refine, chosen_by, c.one_rate)
 
     def run(self) -> None:
         """Do what is not done yet, `workers` runs at a time."""
@@ -185,6 +194,7 @@ class Study:
                 for receiver in multiprocessing.connection.wait(list(running)):
                     run, process = running.pop(receiver)
                     result = self.finish(run, process, receiver)
+                    self.keep(run)
                     self.add(run, result)
                     shutil.rmtree(self.config(run).proj_dir, ignore_errors=True)
                     self.say(run, result, (time.monotonic() - began) / (len(self.done) - first))
@@ -197,7 +207,8 @@ class Study:
         shutil.rmtree(config.proj_dir, ignore_errors=True)
         Path(config.proj_dir).mkdir(parents=True)
         receiver, sender = context.Pipe(duplex=False)
-        data = (run.entry.method == "base", self.documents, self.held_out, self.held_out_ids)
+        data = (run.entry.method == "base", self.documents, self.held_out, self.held_out_ids, self.general,
+                self.comparison.general_documents)  # fmt: skip
         process = context.Process(target=one_run.child, args=(sender, config, *data), daemon=True)
         process.start()
         sender.close()  # so that the death of the process reads as the end of the pipe
@@ -220,6 +231,16 @@ class Study:
             raise UserError(f"{name}: {result}; see {output}")
         return result
 
+    def keep(self, run: Run) -> None:
+        """What the run trained, into `trained`, if that is wanted."""
+        trained = sorted(Path(self.config(run).proj_dir).glob(f"rwkv-{self.epochs - 1}.*"))
+        if self.comparison.keep and trained:
+            kept = self.out / "trained" / f"{run.entry.label}-{run.lr:g}-{run.seed}"
+            kept.mkdir(parents=True, exist_ok=True)
+            for path in trained:
+                shutil.rmtree(kept / path.name, ignore_errors=True)
+                shutil.move(path, kept / path.name)
+
     def say(self, run: Run, result: dict[str, Any], each: float) -> None:
         """A line after each run: what came out, and how long the rest will take (grids may grow, then longer)."""
         left = self.expected()
@@ -234,10 +255,12 @@ class Study:
         sweeping = {run.entry.label for run in waiting if run.entry.lrs and run.seed == self.comparison.seeds[0]}
         return len(waiting) + len(sweeping) * (len(self.comparison.seeds) - 1)
 
-    def at_best(self, entry: Entry) -> list[dict[str, Any]]:
-        """The records of an entry at its best rate so far, in the order of seeds; fewer where seeds are not done."""
-        results, seeds, best = self.results(), self.comparison.seeds, 0.0
-        if entry.lrs:
+    def at(self, entry: Entry, rate: float | None = None) -> list[dict[str, Any]]:
+        """The records of an entry at a rate, or at its best so far, in the order of seeds; fewer where seeds are not done."""
+        results, seeds = self.results(), self.comparison.seeds
+        if not entry.lrs:
+            rate = 0.0
+        elif rate is None:
             chosen_by = {run: record["choosing_loss"] for run, record in results.items()}
-            _, best = sweep(entry, seeds[0], self.comparison.extend, self.comparison.refine, chosen_by)
-        return [results[run] for run in (Run(entry, best, seed) for seed in seeds) if run in results]
+            _, rate = sweep(entry, seeds[0], self.comparison.extend, self.comparison.refine, chosen_by)
+        return [results[run] for run in (Run(entry, rate, seed) for seed in seeds) if run in results]

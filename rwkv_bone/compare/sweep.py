@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..models import LanguageModel
 from ..peft import METHODS
 from ..peft.adapter import projections
-from .comparison import Comparison, Entry, Run
+from .comparison import NO_ADAPTER, Comparison, Entry, Run
 
 # -------------------------------------------------- equal numbers of trained parameters
 
@@ -34,6 +34,11 @@ def trained_parameters(shapes: Mapping[tuple[int, int], int], method: str, optio
             raise UserError(f"methods: {method} with {dict(options)} is too large") from None
         total += count * sum(p.numel() for p in made.parameters() if p.requires_grad)
     return total
+
+
+def initial_state_size(model: LanguageModel) -> int:
+    shapes = model.shapes(model.sizes, initial_state=True)
+    return sum(math.prod(shape) for name, shape in shapes.items() if model.is_initial_state(name))
 
 
 def match_r(shapes: Mapping[tuple[int, int], int], method: str, options: Mapping[str, Any], budget: int) -> int:
@@ -67,23 +72,28 @@ def make_entries(comparison: Comparison, model: LanguageModel) -> list[Entry]:
     for label, said in comparison.methods.items():
         options = dict(said)
         method, lrs = options.pop("method", label), tuple(sorted(options.pop("lrs", comparison.lrs)))
-        if method not in ("none", *METHODS) or label == "base":
-            raise UserError(f"methods: {label} is no method; there are none, {', '.join(METHODS)}")
-        if method == "none" and options:
-            raise UserError(f"methods: {label} trains the whole model and has no option {next(iter(options))}")
+        if method not in ("none", "state", *METHODS) or label == "base":
+            raise UserError(f"methods: {label} is no method; there are none, state, {', '.join(METHODS)}")
+        if method in NO_ADAPTER and options:
+            raise UserError(f"methods: {label} puts no adapter on the model and has no option {next(iter(options))}")
+        if method == "state" and (reason := model.cannot("state")):
+            raise UserError(f"methods: {reason}")
         given[label] = (method, options, lrs)
     budget = comparison.budget
-    if isinstance(budget, str) and any(m != "none" and "r" not in o for m, o, _ in given.values()):
-        if budget not in given or given[budget][0] == "none":
+    if isinstance(budget, str) and any(m not in NO_ADAPTER and "r" not in o for m, o, _ in given.values()):
+        if budget not in given or given[budget][0] in NO_ADAPTER:
             raise UserError(f"budget: {budget} is no adapter among methods; give one that is, or a number of parameters")
         method, options, _ = given[budget]
         budget = trained_parameters(shapes, method, options)
     entries = []
     for label, (method, options, lrs) in given.items():
-        if method != "none" and "r" not in options:
+        if method not in NO_ADAPTER and "r" not in options:
             assert isinstance(budget, int)
             options = {"r": match_r(shapes, method, options, budget), **options}
-        trained = whole if method == "none" else trained_parameters(shapes, method, options) + beside
+        if method == "state":
+            trained = initial_state_size(model)
+        else:
+            trained = whole if method == "none" else trained_parameters(shapes, method, options) + beside
         entries.append(Entry(label, method, tuple(options.items()), lrs, trained))
     return entries
 
@@ -137,7 +147,12 @@ def sweep(entry: Entry, seed: int, extend: int, refine: int, chosen_by: Mapping[
 
 
 def to_do(
-    entries: Iterable[Entry], seeds: tuple[int, ...], extend: int, refine: int, chosen_by: Mapping[Run, float]
+    entries: Iterable[Entry],
+    seeds: tuple[int, ...],
+    extend: int,
+    refine: int,
+    chosen_by: Mapping[Run, float],
+    one_rate: float = 0,
 ) -> list[Run]:
     """All runs that are known to be wanted and are not done: first the sweeps, then one seed after the other."""
     sweeps, repeats = [], []
@@ -149,5 +164,7 @@ def to_do(
         sweeps += missing
         if not missing:
             repeats += [(number, Run(entry, best, seed)) for number, seed in enumerate(seeds)]
+        if one_rate and entry.method not in NO_ADAPTER:
+            repeats += [(number, Run(entry, one_rate, seed)) for number, seed in enumerate(seeds)]
     ordered = [run for _, run in sorted(repeats, key=lambda item: item[0])]
-    return [run for run in sweeps + ordered if run not in chosen_by]
+    return [run for run in dict.fromkeys(sweeps + ordered) if run not in chosen_by]
