@@ -17,8 +17,9 @@
 // is at most 2^14; it must not sum to less than -87 over 16 tokens. The triangular systems are solved by substitution: products
 // of powers of the triangle lose all digits where keys repeat.
 //
-// A reset cuts a chunk, so that one has a state of zeros before it or none inside. Value channels are independent of each other
-// (only the gradients of r, k, a, b and log_w are sums over them): where heads are fewer than threads, they are shared out.
+// A reset cuts a chunk, so that one has a state of zeros before it or none inside. Where threads are twice as many as heads, T is
+// cut into segments. What a segment makes of the state S before it is S M + A, with matrices M and A that are its own: they are
+// found for all segments at once, then chained, and then all segments are done at once (and so for G backward).
 //
 // Layout: a row of N channels is cut into nv panels of one vector (W lanes, zero padded); an array of rows is stored panel by
 // panel, row by row, so that all strides are constants. np = nv * W. The 32 rows of a chunk are 8 of the first kind (a, k, v), 8
@@ -35,6 +36,8 @@ using namespace vectors;
 
 constexpr int L = 16, kStack = 2 * L;
 static_assert(kCheckpoint % L == 0, "blocks are whole chunks");
+// How long the map of a segment takes, in the time that doing it takes (measured with AVX-512 and heads of 64).
+constexpr double kForwardMapCost = 1.2, kBackwardMapCost = 0.6;
 // a register tile of matrix products, in rows and vectors
 constexpr int kRows = kBytes == 64 ? 8 : 4, kCols = VECTORS_32 && kBytes == 16 ? 4 : 2;
 
@@ -121,19 +124,19 @@ template <int R, int C, class F> struct Tile {
     }
 };
 
-// Rows first <= i < last of C panels of to = (from + x^T y) scale, x and y stacks (y: its C panels). The scale is that of rows or
-// columns, or null for 1.
-template <int C, bool kScaleRows, class F>
-void update(F* to, const F* from, const F* scale, const F* x, const F* y, int64_t np, int64_t first, int64_t last) {
+// The first n rows of C panels of to = (from + x^T y) scale, x and y stacks (y: its C panels). The scale is that of rows or
+// columns, or null for 1. kind: of the stacks' rows that are not all zero, if only one is not.
+template <int C, bool kScaleRows, int kind = -1, class F>
+void update(F* to, const F* from, const F* scale, const F* x, const F* y, int64_t np, int64_t n) {
     constexpr int W = Lanes<F>::W, R = kRows < W ? kRows : W;
     using V = Vec<F>;
     V columns[C];
     UNROLL for (int c = 0; c < C; c++) columns[c] = !kScaleRows && scale ? at(scale + c * W) : all(F(1));
-    for (int64_t i = first; i < last; i += R) {
+    for (int64_t i = 0; i < n; i += R) {
         const F* xi = x + i / W * kStack * W + i % W;
         V sum[R][C];
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sum[r][c] = at(from + (c * np + i + r) * W);
-        for (int s = 0; s < kStack; s++) {
+        for (int s = kind > 0 ? place(0, kind) : 0; s < kStack; s += kind >= 0 && s % 8 == 7 ? 9 : 1) {
             V ys[C];
             UNROLL for (int c = 0; c < C; c++) ys[c] = at(y + (c * kStack + s) * W);
             UNROLL for (int r = 0; r < R; r++) {
@@ -180,17 +183,17 @@ template <class F> struct Slot {
 struct Out { void* p; int type; };
 struct Outs { Out r, log_w, k, a, b; };
 
-// Heads h0 <= h < h1 of batch row b, value panels j0 <= j < j1. Tokens go in blocks, and all heads do a block before the next
-// one: they share the pages of memory that their rows lie on, and looking up pages is a good part of the cost of reaching memory.
+// Heads h0 <= h < h1 of batch row b. Tokens go in blocks, and all heads do a block before the next one: they share the pages of
+// memory that their rows lie on, and looking up pages is a good part of the cost of reaching memory.
 template <class F> struct Heads {
     static constexpr int W = Lanes<F>::W;
     using V = Vec<F>;
     const Problem& p;
-    int64_t b, h0, h1, N, nv, np, j0, j1, i0, i1, square, stride, blocks;
+    int64_t b, h0, h1, N, nv, np, square, stride, blocks;
 
-    Heads(const Problem& p, int64_t b, int64_t h0, int64_t h1, int64_t j0, int64_t j1)
-        : p(p), b(b), h0(h0), h1(h1), N(p.N), nv((p.N + W - 1) / W), np(nv * W), j0(j0), j1(j1), i0(j0 * W),
-          i1(least(j1 * W, p.N)), square(np * np), stride(p.H * p.N), blocks((p.T + kCheckpoint - 1) / kCheckpoint) {}
+    Heads(const Problem& p, int64_t b, int64_t h0, int64_t h1)
+        : p(p), b(b), h0(h0), h1(h1), N(p.N), nv((p.N + W - 1) / W), np(nv * W), square(np * np), stride(p.H * p.N),
+          blocks((p.T + kCheckpoint - 1) / kCheckpoint) {}
 
     // n tokens of head h from t on
     struct Place { int64_t h, t, n; };
@@ -206,17 +209,16 @@ template <class F> struct Heads {
         return c < N / W ? vectors::load(row + c * W) : load_some<F>(row + c * W, N % W);
     }
 
-    // A tensor's rows become those of one kind in a stack, in this task's value panels; rows without a token become zeros.
+    // A tensor's rows become those of one kind in a stack; rows without a token become zeros.
     void load(F* stack, int kind, const void* tensor, Place at_) const {
         Element<F>::as(p.type, [&](auto element) __attribute__((always_inline)) {
             auto* row = rows<decltype(element)>(tensor, at_);
             for (int t = 0; t < L; t++, row += stride)
-                for (int64_t j = j0; j < j1; j++) at(stack + (j * kStack + place(t, kind)) * W) = t < at_.n ? get(row, j) : V{};
+                for (int64_t j = 0; j < nv; j++) at(stack + (j * kStack + place(t, kind)) * W) = t < at_.n ? get(row, j) : V{};
         });
     }
-    // 16 rows, `panel` rows a panel, go to a tensor: panels first <= c < last.
-    template <class Row>
-    void save(Out out, const F* from, int64_t panel, Place at_, int64_t first, int64_t last, const Row& row_of) const {
+    // 16 rows, `panel` rows a panel, go to a tensor.
+    template <class Row> void save(Out out, const F* from, int64_t panel, Place at_, const Row& row_of) const {
         Element<F>::as(out.type, [&](auto element) __attribute__((always_inline)) {
             using IO = decltype(element);
             auto* row = rows<IO>(out.p, at_);
@@ -224,7 +226,7 @@ template <class F> struct Heads {
             bool large = p.B * p.T * stride * size >= 1 << 20;  // not used soon
             bool past_caches = large && N % W == 0 && reinterpret_cast<uintptr_t>(out.p) % (W * size) == 0;
             for (int t = 0; t < at_.n; t++, row += stride)
-                for (int64_t c = first; c < last; c++) {
+                for (int64_t c = 0; c < nv; c++) {
                     V x = at(from + (c * panel + row_of(t)) * W);
                     if (past_caches) stream(row + c * W, x);
                     else if (c < N / W) store(row + c * W, x);
@@ -247,14 +249,14 @@ template <class F> struct Heads {
         return {h0, after < 0 || after >= p.T ? start : after, 0};
     }
 
-    // Panels first <= c < last of a matrix of N rows, of which rows i0 <= i < i1 are known or wanted.
-    void load_matrix(F* to, const F* from, int64_t first, int64_t last, int64_t begin, int64_t end) const {
-        for (int64_t c = first; c < last; c++)
-            for (int64_t i = begin; i < end; i++) at(to + (c * np + i) * W) = get(from + i * N, c);
+    // The panels of an (N, N) matrix.
+    void load_matrix(F* to, const F* from) const {
+        for (int64_t c = 0; c < nv; c++)
+            for (int64_t i = 0; i < N; i++) at(to + (c * np + i) * W) = get(from + i * N, c);
     }
-    void save_matrix(F* to, const F* from, int64_t first, int64_t last, int64_t begin, int64_t end) const {
-        for (int64_t c = first; c < last; c++)
-            for (int64_t i = begin; i < end; i++) {
+    void save_matrix(F* to, const F* from) const {
+        for (int64_t c = 0; c < nv; c++)
+            for (int64_t i = 0; i < N; i++) {
                 if (c < N / W) store(to + i * N + c * W, at(from + (c * np + i) * W));
                 else store_some<F>(to + i * N + c * W, N % W, at(from + (c * np + i) * W));
             }
@@ -304,19 +306,18 @@ template <class F> struct Heads {
         }
     }
 
-    // The transpose of stacked rows' panels first <= c < last: kStack / W panels of np rows.
-    void transpose_stack(F* to, const F* from, int64_t first, int64_t last) const {
-        for (int64_t c = first; c < last; c++)
+    // The transpose of stacked rows: kStack / W panels of np rows.
+    void transpose_stack(F* to, const F* from) const {
+        for (int64_t c = 0; c < nv; c++)
             for (int64_t q = 0; q < kStack; q += W) transpose_block(to + (q * nv + c * W) * W, from + (c * kStack + q) * W);
     }
 
-    // out = x y^T where it may differ from zero, (kStack, kStack). y: transposed; both from channel `begin` to `end`
-    void scores(F* out, const F* x, const F* y, int64_t begin, int64_t end) const {
-        x += begin / W * kStack * W, y += begin * W;
+    // out = x y^T where it may differ from zero, (kStack, kStack). y: transposed
+    void scores(F* out, const F* x, const F* y) const {
         for (int q = 0; q < kStack; q += kRows)
             by_columns(0, (q < 16 ? 16 : 32) / W, [&](int64_t s, auto n) __attribute__((always_inline)) {
                 Tile<kRows, n.value, F> tile;
-                tile.product(x + q * W, y + s * np * W, np, end - begin);
+                tile.product(x + q * W, y + s * np * W, np, N);
                 UNROLL for (int r = 0; r < kRows; r++) UNROLL for (int c = 0; c < n.value; c++) {
                     int64_t from = (s + c) * W;
                     V sum = tile.sum[r][c];
@@ -326,9 +327,9 @@ template <class F> struct Heads {
             });
     }
 
-    // u, in C panels from j on, from the transposed state
-    template <int C> INLINE void values(const Slot<F>& s, const F* state, int64_t j) const {
-        F* v = s.v + j * kStack * W;
+    // u, in C panels from j on of the stack v, from the transposed state
+    template <int C> INLINE void values(const Slot<F>& s, F* v, const F* state, int64_t j) const {
+        v += j * kStack * W;
         for (int t = 0; t < L; t += kRows) {
             int q = place(t, 0), u = place(t, 1);
             Tile<kRows, C, F> tile;
@@ -341,8 +342,9 @@ template <class F> struct Heads {
 
     // ---- forward
 
-    // From the states `from` (null for zeros), (h1 - h0, N, N). The states after go to `to`.
-    void forward(const F* from, F* to) const {
+    // Tokens t0 <= t < t1 from the states `from` (null for zeros), (h1 - h0, N, N). The states after go to `to`. t0 is the first
+    // token of a block.
+    void forward(int64_t t0, int64_t t1, const F* from, F* to) const {
         int64_t size = Slot<F>::floats(nv, false), transposed = (np * kStack + W), n = h1 - h0;
         Buffer<F> memory(size + transposed + (nv * L + 1) * W + n * square);
         Slot<F> s(memory.p, nv, false);
@@ -352,11 +354,11 @@ template <class F> struct Heads {
             memset(state, 0, square * sizeof(F));
             if (from) load_transposed(state, from + i * N * N);
         }
-        for (int64_t start = 0; start < p.T; start += kCheckpoint)
+        for (int64_t start = t0; start < t1; start += kCheckpoint)
             for (int64_t h = h0; h < h1; h++) {
                 F* state = states + (h - h0) * square;
-                if (p.saved) save_matrix(checkpoint(h, start / kCheckpoint), state, j0, j1, 0, N);
-                int64_t end = least(start + kCheckpoint, p.T);
+                if (p.saved) save_matrix(checkpoint(h, start / kCheckpoint), state);
+                int64_t end = least(start + kCheckpoint, t1);
                 for (int64_t t = start, next; t < end; t = next) {
                     if (resets(t)) memset(state, 0, square * sizeof(F));
                     next = cut(t, least(t + L, end));
@@ -371,11 +373,11 @@ template <class F> struct Heads {
         prepare(s, at, false);
         load(s.v, 0, p.v, at);
         fetch(p.log_w, p.w_type, next), fetch(p.a, p.type, next);
-        transpose_stack(keys, s.k, 0, nv);
-        scores(s.c, s.q, keys, 0, N);
+        transpose_stack(keys, s.k);
+        scores(s.c, s.q, keys);
         fetch(p.r, p.type, next), fetch(p.k, p.type, next);
-        by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
-            values<n.value>(s, state, j);
+        by_columns(0, nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
+            values<n.value>(s, s.v, state, j);
             F* v = s.v + j * kStack * W;
             for (int t = 0; t < L; t += kRows) {
                 int q = place(t, 1);
@@ -385,36 +387,59 @@ template <class F> struct Heads {
                 tile.save(y + (j * L + t) * W, L * W);
             }
             F* here = state + j * np * W;
-            update<n.value, true>(here, here, s.decay, s.k, v, np, 0, N);
-            if (j == j0) fetch(p.b, p.type, next), fetch(p.v, p.type, next);
+            update<n.value, true>(here, here, s.decay, s.k, v, np, N);
+            if (j == 0) fetch(p.b, p.type, next), fetch(p.v, p.type, next);
         });
-        save({p.y, p.type}, y, L, at, j0, j1, [](int t) { return t; });
+        save({p.y, p.type}, y, L, at, [](int t) { return t; });
     }
 
-    // This task's value panels of a transposed state, and its rows [value, key] in memory.
+    // A transposed state, [value, key] in memory.
     void load_transposed(F* to, const F* from) const {
         Buffer<F> matrix(square);
         memset(matrix.p, 0, square * sizeof(F));
-        load_matrix(matrix.p, from, 0, nv, i0, i1);
-        transpose(to + j0 * np * W, matrix.p, nv, j0, j1);
+        load_matrix(matrix.p, from);
+        transpose(to, matrix.p, nv);
     }
     void save_transposed(F* to, const F* from) const {
         Buffer<F> matrix(square);
-        turn(matrix.p, from, 0, nv);
-        save_matrix(to, matrix.p, 0, nv, i0, i1);
+        transpose(matrix.p, from, nv);
+        save_matrix(to, matrix.p);
     }
-    // Panels first <= c < last of the transpose, rows i0 to i1.
-    void turn(F* to, const F* from, int64_t first, int64_t last) const {
-        for (int64_t c = first; c < last; c++)
-            for (int64_t j = j0; j < j1; j++) transpose_block(to + (c * np + j * W) * W, from + (j * np + c * W) * W);
+
+    // What head h0's tokens t0 <= t < t1 make of a state S before them: S map + added, (N, N) each.
+    void map(int64_t t0, int64_t t1, F* added, F* map) const {
+        int64_t size = Slot<F>::floats(nv, false), stack = Slot<F>::stack(nv);
+        Buffer<F> memory(size + 2 * stack + 2 * square);
+        Slot<F> s(memory.p, nv, false);
+        F *keys = memory.p + size, *us = keys + stack, *state = us + stack, *turned = state + square;
+        memset(us, 0, (stack + 2 * square) * sizeof(F));
+        for (int64_t i = 0; i < N; i++) turned[i / W * np * W + i * W + i % W] = 1;
+        for (int64_t t = t0, next; t < t1; t = next) {
+            if (resets(t)) memset(state, 0, 2 * square * sizeof(F));
+            next = cut(t, least(t + L, t1));
+            Place at{h0, t, next - t};
+            prepare(s, at, false);
+            load(s.v, 0, p.v, at);
+            transpose_stack(keys, s.k);
+            scores(s.c, s.q, keys);
+            by_columns(0, nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
+                F *v = s.v + j * kStack * W, *u = us + j * kStack * W, *here = state + j * np * W, *there = turned + j * np * W;
+                values<n.value>(s, s.v, state, j);
+                update<n.value, true>(here, here, s.decay, s.k, v, np, N);
+                values<n.value>(s, us, turned, j);
+                update<n.value, true, 1>(there, there, s.decay, s.k, u, np, N);
+            });
+        }
+        save_transposed(added, state);
+        save_transposed(map, turned);
     }
 
     // ---- backward
 
     struct Work { F *transposed, *z, *gq, *gk, *gv, *gc, *other, *total; };
 
-    // From the gradients of the final states (null for zeros); those of the initial states go to `to`.
-    void backward(const F* from, F* to, const Outs& outs) const {
+    // Tokens t0 <= t < t1 from the gradients of the states after them (null for zeros); those of the states before go to `to`.
+    void backward(int64_t t0, int64_t t1, const F* from, F* to, const Outs& outs) const {
         constexpr int64_t kChunks = kCheckpoint / L;
         int64_t size = Slot<F>::floats(nv, true), stack = Slot<F>::stack(nv), n = h1 - h0, odd = square + W;
         Buffer<F> memory(kChunks * (size + odd) + 5 * stack + kStack * kStack + odd + np + n * odd);
@@ -425,16 +450,16 @@ template <class F> struct Heads {
         F* gs = work.total + np;
         for (int64_t i = 0; i < n; i++) {
             memset(gs + i * odd, 0, square * sizeof(F));
-            if (from) load_matrix(gs + i * odd, from + i * N * N, 0, nv, i0, i1);
+            if (from) load_matrix(gs + i * odd, from + i * N * N);
         }
-        for (int64_t start = (p.T - 1) / kCheckpoint * kCheckpoint; start >= 0; start -= kCheckpoint)
+        for (int64_t start = (t1 - 1) / kCheckpoint * kCheckpoint; start >= t0; start -= kCheckpoint)
             for (int64_t h = h0; h < h1; h++) {
                 F* g = gs + (h - h0) * odd;
                 // runs of chunks without a reset inside, from the last one
-                for (int64_t end = least(start + kCheckpoint, p.T), t; end > start; end = t) {
+                for (int64_t end = least(start + kCheckpoint, t1), t; end > start; end = t) {
                     for (t = end - 1; t > start && !resets(t); t--) {}
                     memset(states, 0, square * sizeof(F));
-                    if (!resets(t)) load_matrix(states, checkpoint(h, start / kCheckpoint), j0, j1, 0, N);
+                    if (!resets(t)) load_matrix(states, checkpoint(h, start / kCheckpoint));
                     int64_t chunks = (end - t + L - 1) / L;
                     for (int64_t i = 0; i < chunks; i++) {
                         Place at{h, t + i * L, least(L, end - t - i * L)};
@@ -451,12 +476,58 @@ template <class F> struct Heads {
                     if (resets(t)) memset(g, 0, square * sizeof(F));
                 }
             }
-        for (int64_t i = 0; i < n; i++) save_matrix(to + i * N * N, gs + i * odd, 0, nv, i0, i1);
+        for (int64_t i = 0; i < n; i++) save_matrix(to + i * N * N, gs + i * odd);
+    }
+
+    // What head h0's tokens t0 <= t < t1 make of the gradient G of the state after them: G map + added, (N, N) each.
+    void gradient_map(int64_t t0, int64_t t1, F* added, F* map) const {
+        int64_t size = Slot<F>::floats(nv, false), stack = Slot<F>::stack(nv), odd = square + W;
+        Buffer<F> memory(size + 3 * stack + 3 * odd);
+        Slot<F> s(memory.p, nv, false);
+        F *keys = memory.p + size, *z = keys + stack, *du = z + stack, *g = du + stack, *turned = g + odd, *other = turned + odd;
+        const F* no_scale = nullptr;
+        memset(du, 0, (stack + 2 * odd) * sizeof(F));
+        for (int64_t i = 0; i < N; i++) turned[i / W * np * W + i * W + i % W] = 1;
+        for (int64_t end = t1, t; end > t0; end = t) {
+            for (t = end - 1; t % L && !resets(t); t--) {}
+            Place at{h0, t, end - t};
+            prepare(s, at, false);
+            load(z, 1, p.gy, at);
+            transpose_stack(keys, s.k);
+            scores(s.c, s.q, keys);
+            decay(g, s.decay), decay(turned, s.decay);
+            by_columns(0, nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
+                value_gradients<n.value>(s, z, g, other, j);
+                value_gradients<n.value>(s, du, turned, other, j);
+            });
+            by_columns(0, nv, [&](int64_t c, auto n) __attribute__((always_inline)) {
+                F *gc = g + c * np * W, *there = turned + c * np * W, *q = s.q + c * kStack * W;
+                update<n.value, false>(gc, gc, no_scale, z, q, np, N);
+                update<n.value, false, 0>(there, there, no_scale, du, q, np, N);
+            });
+            if (resets(t)) memset(g, 0, 2 * odd * sizeof(F));
+        }
+        save_matrix(added, g);
+        save_matrix(map, turned);
+    }
+
+    // The gradient of u, in C panels from j on of the stack z, which has that of y. other: room for C panels
+    template <int C> INLINE void value_gradients(const Slot<F>& s, F* z, const F* g, F* other, int64_t j) const {
+        z += j * kStack * W;
+        transpose(other, g, nv, j, j + C);
+        for (int t = L - kRows; t >= 0; t -= kRows) {
+            int q = place(t, 0), u = place(t, 1);
+            Tile<kRows, C, F> tile;
+            tile.product(s.k + u * W, other, np, N);
+            tile.template combine<1, kStack>(s.c + u, z, q + kRows, kStack);
+            tile.solve_upper(s.c + q * kStack + u);
+            tile.save(z + q * W, kStack * W);
+        }
     }
 
     void decay(F* g, const F* decay) const {
         for (int64_t c = 0; c < nv; c++)
-            for (int64_t i = i0; i < i1; i++) at(g + (c * np + i) * W) *= at(decay + c * W);
+            for (int64_t i = 0; i < N; i++) at(g + (c * np + i) * W) *= at(decay + c * W);
     }
 
     // Fills the slot from the transposed state before the chunk; the state after it goes `next` behind it, if that is not 0.
@@ -464,31 +535,23 @@ template <class F> struct Heads {
         prepare(s, at, true);
         load(s.v, 0, p.v, at);
         fetch(p.log_w, p.w_type, then), fetch(p.a, p.type, then), fetch(p.gy, p.type, at);
-        transpose_stack(keys, s.k, 0, nv);
-        scores(s.c, s.q, keys, 0, N);
+        transpose_stack(keys, s.k);
+        scores(s.c, s.q, keys);
         fetch(p.r, p.type, then), fetch(p.k, p.type, then);
-        by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
+        by_columns(0, nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
             F* here = state + j * np * W;
-            values<n.value>(s, state, j);
-            if (j == j0) fetch(p.b, p.type, then), fetch(p.v, p.type, then);
-            if (next) update<n.value, true>(here + next, here, s.decay, s.k, s.v + j * kStack * W, np, 0, N);
+            values<n.value>(s, s.v, state, j);
+            if (j == 0) fetch(p.b, p.type, then), fetch(p.v, p.type, then);
+            if (next) update<n.value, true>(here + next, here, s.decay, s.k, s.v + j * kStack * W, np, N);
         });
     }
 
     // g: the gradient of the state after the chunk, times the chunk's decay; then that of the state before it, times `next`.
     void backward_chunk(const Slot<F>& s, Place at_, const F* state, F* g, const F* next, const Work& w, const Outs& outs) const {
         load(w.z, 1, p.gy, at_);
-        by_columns(j0, j1, [&](int64_t j, auto n) __attribute__((always_inline)) {
+        by_columns(0, nv, [&](int64_t j, auto n) __attribute__((always_inline)) {
             F* z = w.z + j * kStack * W;
-            transpose(w.other, g, nv, j, j + n.value);
-            for (int t = L - kRows; t >= 0; t -= kRows) {
-                int q = place(t, 0), u = place(t, 1);
-                Tile<kRows, n.value, F> tile;
-                tile.product(s.k + u * W, w.other, np, N);
-                tile.template combine<1, kStack>(s.c + u, z, q + kRows, kStack);
-                tile.solve_upper(s.c + q * kStack + u);
-                tile.save(z + q * W, kStack * W);
-            }
+            value_gradients<n.value>(s, w.z, g, w.other, j);
             for (int t = 0; t < L; t += kRows) {
                 int v = place(t, 0);
                 Tile<kRows, n.value, F> tile;
@@ -497,12 +560,12 @@ template <class F> struct Heads {
                 tile.save(w.gv + (j * L + t) * W, L * W);
             }
         });
-        save({p.gv, p.type}, w.gv, L, at_, j0, j1, [](int t) { return t; });
-        transpose_stack(w.transposed, s.v, j0, j1);
-        scores(w.gc, w.z, w.transposed, i0, i1);
+        save({p.gv, p.type}, w.gv, L, at_, [](int t) { return t; });
+        transpose_stack(w.transposed, s.v);
+        scores(w.gc, w.z, w.transposed);
         by_columns(0, nv, [&](int64_t c, auto n) __attribute__((always_inline)) {
             F *gc = g + c * np * W, *S = w.other;
-            turn(S - c * np * W, state, c, c + n.value);
+            transpose(S, state, nv, c, c + n.value);
             const F *q = s.q + c * kStack * W, *k = s.k + c * kStack * W;
             V total[n.value] = {};
             UNROLL for (int i = 0; i < n.value; i++) total[i] = through(S + i * np * W, gc + i * np * W);
@@ -510,7 +573,7 @@ template <class F> struct Heads {
                 for (int kind = 0; kind < 2; kind++) {
                     int at = place(t, kind);
                     Tile<kRows, n.value, F> tile;
-                    tile.product(w.z + (j0 * kStack + at) * W, S + i0 * W, np, i1 - i0);
+                    tile.product(w.z + at * W, S, np, N);
                     tile.template combine<kStack, 1>(w.gc + at * kStack, k, 0, place(t, 1) + kRows);
                     tile.save(w.gq + (c * kStack + at) * W, kStack * W);
                 }
@@ -518,27 +581,27 @@ template <class F> struct Heads {
                 for (int kind = 0; kind < 2; kind++) {
                     int at_k = place(t, kind);
                     Tile<kRows, n.value, F> tile;
-                    tile.product(s.v + (j0 * kStack + at_k) * W, gc + i0 * W, np, i1 - i0);
+                    tile.product(s.v + at_k * W, gc, np, N);
                     UNROLL for (int r = 0; r < kRows; r++) UNROLL for (int i = 0; i < n.value; i++)
                         total[i] += at(k + (i * kStack + at_k + r) * W) * tile.sum[r][i];
                     tile.template combine<1, kStack>(w.gc + at_k, q, place(t, 0), kStack);
                     tile.save(w.gk + (c * kStack + at_k) * W, kStack * W);
                 }
             UNROLL for (int i = 0; i < n.value; i++) finish(s, w, c + i, total[i]);
-            update<n.value, false>(gc, gc, next ? next + c * W : nullptr, w.z, q, np, i0, i1);
+            update<n.value, false>(gc, gc, next ? next + c * W : nullptr, w.z, q, np, N);
         });
-        save(outs.a, w.gq, kStack, at_, 0, nv, [](int t) { return place(t, 0); });
-        save(outs.r, w.gq, kStack, at_, 0, nv, [](int t) { return place(t, 1); });
-        save(outs.k, w.gk, kStack, at_, 0, nv, [](int t) { return place(t, 0); });
-        save(outs.b, w.gk, kStack, at_, 0, nv, [](int t) { return place(t, 1); });
-        save(outs.log_w, w.gv, L, at_, 0, nv, [](int t) { return t; });
+        save(outs.a, w.gq, kStack, at_, [](int t) { return place(t, 0); });
+        save(outs.r, w.gq, kStack, at_, [](int t) { return place(t, 1); });
+        save(outs.k, w.gk, kStack, at_, [](int t) { return place(t, 0); });
+        save(outs.b, w.gk, kStack, at_, [](int t) { return place(t, 1); });
+        save(outs.log_w, w.gv, L, at_, [](int t) { return t; });
     }
 
-    // sum over this task's rows of S * G, in one panel
+    // the columns' sums of S * G, in one panel
     INLINE V through(const F* S, const F* g) const {
         constexpr int A = W < 4 ? W : 4;
         V sum[A] = {}, total{};
-        for (int64_t i = i0; i < j1 * W; i += A)
+        for (int64_t i = 0; i < np; i += A)
             UNROLL for (int a = 0; a < A; a++) sum[a] += at(S + (i + a) * W) * at(g + (i + a) * W);
         UNROLL for (int a = 0; a < A; a++) total += sum[a];
         return total;
@@ -633,28 +696,56 @@ template <class F> INLINE const F* row(const void* p, int64_t i, int64_t size) {
 }
 template <class F> INLINE F* row(void* p, int64_t i, int64_t size) { return static_cast<F*>(p) + i * size; }
 
-// How one call is cut into tasks: the heads of a batch row into `groups`, and, where there are fewer heads than threads, the
-// panels of their values into `shares`.
-template <class F> struct Cut {
+// How one call is cut into tasks: the heads of a batch row into `groups`; where threads are twice as many as heads, or more, T
+// into segments instead, of whole blocks. On the way, which is from the last token in the backward pass, `parallel` segments come
+// after the first one. In a first step it is done, and the maps of all others but the last are found; in a second step all others
+// are done. The first has a share of the tokens of `map_cost`, what a map costs where doing the same costs 1: so all threads are
+// done with the first step at once.
+struct Cut {
     const Problem& p;
-    int64_t groups, shares, nv = (p.N + Lanes<F>::W - 1) / Lanes<F>::W;
+    int64_t groups, parallel, first, blocks = (p.T + kCheckpoint - 1) / kCheckpoint;
 
-    Cut(const Problem& p, int threads) : p(p) {
-        int64_t few = (p.H + 7) / 8, enough = (threads + p.B - 1) / p.B, heads = p.B * p.H;
+    Cut(const Problem& p, int threads, double map_cost) : p(p) {
+        int64_t few = (p.H + 7) / 8, enough = (threads + p.B - 1) / p.B;
         groups = least(few > enough ? few : enough, p.H);
-        shares = heads < threads ? least((threads + heads - 1) / heads, nv) : 1;
+        parallel = least(threads / (p.B * p.H), blocks - 1);
+        first = least(1 + int64_t(blocks * map_cost / (map_cost + parallel)), blocks - parallel);
     }
-    int64_t tasks() const { return p.B * groups * shares; }
-    int64_t share(int64_t task) const { return task % shares; }
-    int64_t first(int64_t task) const {  // of all heads
-        int64_t at = task / shares;
-        return at / groups * p.H + at % groups * p.H / groups;
-    }
-    Heads<F> heads(int64_t task) const {
-        int64_t at = task / shares, group = at % groups, i = share(task);
-        return Heads<F>(p, at / groups, group * p.H / groups, (group + 1) * p.H / groups, i * nv / shares, (i + 1) * nv / shares);
-    }
+    int64_t tasks() const { return p.B * groups; }
+    int64_t batch(int64_t task) const { return task / groups; }
+    int64_t head(int64_t task) const { return task % groups * p.H / groups; }
+    int64_t head_end(int64_t task) const { return (task % groups + 1) * p.H / groups; }
+    // the blocks on the way before segment i
+    int64_t before(int64_t i) const { return i ? first + (blocks - first) * (i - 1) / parallel : 0; }
 };
+
+// All segments of all heads, in two steps. start: of the whole, (heads, N, N), or null for zeros; end: where it shall end, the
+// same. run(head, i, from, to) does segment i on the way; map(head, i, added, map) finds its map.
+template <class F, class Run, class Map>
+void in_segments(const Cut& cut, const Threads& threads, const F* start, F* end, const Run& run, const Map& map) {
+    int64_t n = cut.parallel, N = cut.p.N, square = N * N, heads = cut.p.B * cut.p.H;
+    Buffer<F> starts(heads * n * square), maps(heads * n * square);  // of segments 1 to n; what is added becomes the start
+    threads.each(heads * n, [&](int64_t task) {
+        int64_t head = task / n, i = task % n;
+        F* to = starts.p + task * square;
+        if (i == 0) run(head, 0, start ? start + head * square : nullptr, to);
+        else map(head, i, to, maps.p + task * square);
+    });
+    threads.each(heads, [&](int64_t head) {
+        for (int64_t task = head * n; task + 1 < (head + 1) * n; task++) {
+            const F *from = starts.p + task * square, *by = maps.p + (task + 1) * square;
+            F* to = starts.p + (task + 1) * square;
+            for (int64_t i = 0; i < N; i++)
+                for (int64_t m = 0; m < N; m++)
+                    for (int64_t j = 0; j < N; j++) to[i * N + j] += from[i * N + m] * by[m * N + j];
+        }
+    });
+    threads.each(heads * n, [&](int64_t task) {
+        int64_t head = task / n, i = task % n + 1;
+        Buffer<F> unused(square);
+        run(head, i, starts.p + task * square, i == n ? end + head * square : unused.p);
+    });
+}
 
 template <class F> void forward_as(const Problem& p, const Threads& threads) {
     int64_t square = p.N * p.N, heads = p.B * p.H;
@@ -666,46 +757,36 @@ template <class F> void forward_as(const Problem& p, const Threads& threads) {
             for (int64_t h = task * heads / tasks; h < (task + 1) * heads / tasks; h++) steps.forward(h);
         });
     }
-    Cut<F> cut(p, threads.count);
+    Cut cut(p, threads.count, kForwardMapCost);
+    auto token = [&](int64_t i) { return least(cut.before(i) * kCheckpoint, p.T); };
+    auto head = [&](int64_t h) { return Heads<F>(p, h / p.H, h % p.H, h % p.H + 1); };
+    if (cut.parallel > 1)
+        return in_segments(
+            cut, threads, row<F>(p.state, 0, 0), row<F>(p.final_state, 0, 0),
+            [&](int64_t h, int64_t i, const F* from, F* to) { head(h).forward(token(i), token(i + 1), from, to); },
+            [&](int64_t h, int64_t i, F* added, F* map) { head(h).map(token(i), token(i + 1), added, map); });
     threads.each(cut.tasks(), [&](int64_t task) {
-        int64_t first = cut.first(task);
-        cut.heads(task).forward(row<F>(p.state, first, square), row<F>(p.final_state, first, square));
+        int64_t b = cut.batch(task), h = cut.head(task), at = b * p.H + h;
+        Heads<F>(p, b, h, cut.head_end(task))
+            .forward(0, p.T, row<F>(p.state, at, square), row<F>(p.final_state, at, square));
     });
 }
 
 template <class F> void backward_as(const Problem& p, const Threads& threads) {
-    Cut<F> cut(p, threads.count);
-    constexpr int W = Lanes<F>::W;
-    int64_t square = p.N * p.N, size = p.B * p.T * p.H * p.N, n = cut.shares;
-    int same = p.type == kFloat64 ? kFloat64 : kFloat32;
-    Out outs[5] = {{p.gr, p.type}, {p.glog_w, p.w_type}, {p.gk, p.type}, {p.ga, p.type}, {p.gb, p.type}};
-    Buffer<F> parts(n > 1 ? 5 * n * size : 1);
+    int64_t square = p.N * p.N;
+    const Outs outs{{p.gr, p.type}, {p.glog_w, p.w_type}, {p.gk, p.type}, {p.ga, p.type}, {p.gb, p.type}};
+    Cut cut(p, threads.count, kBackwardMapCost);
+    auto token = [&](int64_t i) { return least((cut.blocks - cut.before(i)) * kCheckpoint, p.T); };
+    auto head = [&](int64_t h) { return Heads<F>(p, h / p.H, h % p.H, h % p.H + 1); };
+    if (cut.parallel > 1)
+        return in_segments(
+            cut, threads, row<F>(p.gfinal, 0, 0), row<F>(p.gstate, 0, 0),
+            [&](int64_t h, int64_t i, const F* from, F* to) { head(h).backward(token(i + 1), token(i), from, to, outs); },
+            [&](int64_t h, int64_t i, F* added, F* map) { head(h).gradient_map(token(i + 1), token(i), added, map); });
     threads.each(cut.tasks(), [&](int64_t task) {
-        int64_t first = cut.first(task);
-        auto out = [&](int i) -> Out {
-            return n > 1 ? Out{parts.p + (cut.share(task) * 5 + i) * size, same} : outs[i];
-        };
-        cut.heads(task).backward(row<F>(p.gfinal, first, square), row<F>(p.gstate, first, square),
-                                 {out(0), out(1), out(2), out(3), out(4)});
-    });
-    if (n == 1) return;
-    int64_t rest = size % W, pieces = 4 * threads.count;
-    threads.each(5 * pieces, [&](int64_t task) {
-        int64_t i = task / pieces, piece = task % pieces, whole = size / W;
-        auto sum = [&](auto read) __attribute__((always_inline)) {
-            Vec<F> x = read(parts.p + i * size);
-            for (int64_t share = 1; share < n; share++) x += read(parts.p + (share * 5 + i) * size);
-            return x;
-        };
-        Element<F>::as(outs[i].type, [&](auto element) __attribute__((always_inline)) {
-            auto* to = static_cast<decltype(element)*>(outs[i].p);
-            for (int64_t c = whole * piece / pieces; c < whole * (piece + 1) / pieces; c++)
-                store(to + c * W, sum([&](const F* from) __attribute__((always_inline)) { return load(from + c * W); }));
-            if (rest && piece == pieces - 1)
-                store_some<F>(to + whole * W, rest, sum([&](const F* from) __attribute__((always_inline)) {
-                    return load_some<F>(from + whole * W, rest);
-                }));
-        });
+        int64_t b = cut.batch(task), h = cut.head(task), at = b * p.H + h;
+        Heads<F>(p, b, h, cut.head_end(task))
+            .backward(0, p.T, row<F>(p.gfinal, at, square), row<F>(p.gstate, at, square), outs);
     });
 }
 

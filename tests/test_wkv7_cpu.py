@@ -15,7 +15,7 @@ FORMS = [(variant, dtype) for variant in VARIANTS for dtype in DTYPES if dtype !
 
 
 @functools.cache
-def make_inputs(B, T, H, N, dtype="fp32", with_state=True, with_resets=False, repeated=False):
+def make_inputs(B, T, H, N, dtype="fp32", with_state=True, with_resets=False, repeated=False, slow=False):
     """r, log_w, k, v, a, b, state (or None), reset (or None); the gradients of y and of the final state (or None)."""
     torch.manual_seed(1000 * T + N)
     own, w_dtype = DTYPES[dtype]
@@ -24,6 +24,7 @@ def make_inputs(B, T, H, N, dtype="fp32", with_state=True, with_resets=False, re
     if repeated:  # one removal key throughout, no decay and a full gate: the worst case of the chunked form
         kk = kk[:, :1].expand(kk.shape)
         log_w, gate = torch.zeros_like(log_w), torch.ones_like(gate)
+    log_w = log_w / 50 if slow else log_w  # remembered over hundreds of tokens
     kk = torch.nn.functional.normalize(kk, dim=-1)
     tensors = [x.to(w_dtype if i == 1 else own).contiguous() for i, x in enumerate((r, log_w, k, v, -kk, kk * gate))]
     state, gfinal = (torch.randn(B, H, N, N, dtype=FP64 if own == FP64 else FP32) for _ in range(2))
@@ -128,18 +129,26 @@ def test_bfloat16_on_a_repeated_token(variant):
     assert max(found.values()) <= 1.2e-2
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("with_resets", [False, True], ids=["whole", "resets"])
-def test_threads_change_no_bit_but_of_sums_over_shared_values(variant, with_resets):
-    """With fewer heads than threads the value channels of a head are shared out, and gradients become sums over the shares."""
-    inputs = make_inputs(1, 150, 2, 64, "fp32", True, with_resets)
-    first = run(variant, *inputs)
-    for threads in (2, 3, 8, 50):
-        again = run(variant, *inputs, threads=threads)
-        exact = range(len(NAMES)) if threads == 2 else [NAMES.index(x) for x in ("y", "final state", "v", "state")]
-        assert all(torch.equal(first[i], again[i]) for i in exact)
-        assert_close(again, truth(1, 150, 2, 64, "fp32", True, with_resets))
-        assert all(torch.equal(x, z) for x, z in zip(again, run(variant, *inputs, threads=threads)))
+@pytest.mark.parametrize(("variant", "dtype"), FORMS)
+@pytest.mark.parametrize(
+    ("shape", "with_resets"),
+    [((1, 600, 1, 24), False), ((2, 257, 1, 12), False), ((1, 300, 3, 8), True), ((1, 150, 1, 64), True)],
+)
+def test_any_number_of_threads_gives_the_same(variant, dtype, shape, with_resets):
+    """Where threads are twice as many as heads, the tokens are cut into segments of whole blocks."""
+    case, options = (*shape, dtype, True, with_resets), {"slow": True}
+    inputs = make_inputs(*case, **options)
+    want = truth(*case, **options)
+    for threads in (1, 2, 4, 7, 50):
+        got = run(variant, *inputs, threads=threads)
+        assert_close(got, want)
+        assert all(map(torch.equal, got, run(variant, *inputs, threads=threads)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_no_digits_are_lost_where_segments_meet(threads):
+    case = (1, 512, 1, 64)
+    assert_close(run(cpu.kernels.variants[-1], *make_inputs(*case, repeated=True), threads=threads), truth(*case, repeated=True))
 
 
 @pytest.mark.parametrize(("variant", "dtype"), FORMS)
