@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.files.models import load_model
 from rwkv_bone.models import MODELS, LanguageModel
 from rwkv_bone.peft import METHODS, inject
 from rwkv_bone.peft.quant import quantise_model
@@ -15,6 +16,7 @@ from rwkv_bone.training.infctx import backward_in_chunks
 from rwkv_bone.training.loss import cross_entropy_sum
 from rwkv_bone.training.memory import bytes_of, estimate, table_rows
 from rwkv_bone.training.optimiser import make_optimiser
+from tests.hf_models import make_folder
 from tests.watch import peak_bytes
 
 
@@ -27,9 +29,10 @@ def training(model: LanguageModel, B: int, T: int, config: TrainConfig):
     idx = torch.randint(model.sizes.vocab_size, (B, T + 1))
     micro = {"idx": idx[:, :-1], "targets": idx[:, 1:]}
     model = model.with_execution(grad_cp=config.grad_cp)
+    reset = (torch.arange(T) % (T // 2) == 0).repeat(B, 1) if config.dataload == "pack" else None
 
     def forward(piece, state=None):
-        hidden, state = model.hidden(piece["idx"], state)
+        hidden, state = model.hidden(piece["idx"], state, reset)
         return cross_entropy_sum(hidden, model.head.weight, piece["targets"], config.wants_l2wrap(model)), state
 
     def steps():
@@ -57,6 +60,7 @@ CASES = {
     "the whole model": ({"vocab_size": 2048}, {"peft": "none"}),
     "the whole model in bf16": ({"vocab_size": 2048, "dtype": torch.bfloat16}, {"peft": "none"}),
     "int8": ({}, {"quant": "int8"}),
+    "packed": ({}, {"dataload": "pack"}),
     "chunks": ({"T": 256}, {"train_type": "infctx", "chunk_ctx": 64}),
 }
 
@@ -74,13 +78,33 @@ def test_the_estimate_is_within_10_percent_of_what_a_step_takes(version, name):
     sizes, flags = CASES[name]
     sizes = {"vocab_size": 256, "n_layer": 5, "n_embd": 128, "B": 2, "T": 128, "dtype": torch.float32, **sizes}
     B, T, dtype = (sizes.pop(key) for key in ("B", "T", "dtype"))
-    given = config(**flags)
-    model = new_model(version, **sizes).to(dtype)
+    compare_with_a_step(new_model(version, **sizes).to(dtype), B, T, config(**flags))
+
+
+HF_CASES = {
+    "bone, packed, blocks recomputed": (torch.float32, {"peft_options": {"r": 32}, "dataload": "pack", "grad_cp": True}),
+    "lora in bf16": (torch.bfloat16, {"peft": "lora", "peft_options": {"r": 8}}),
+    "the whole model in bf16, packed": (torch.bfloat16, {"peft": "none", "dataload": "pack"}),
+}
+
+
+@pytest.mark.parametrize("name", HF_CASES)
+def test_so_it_is_of_a_llama(name, tmp_path):
+    """Whose attention takes a mask for packed documents, and none for others."""
+    pytest.importorskip("transformers", reason="the extra hf")
+    dtype, flags = HF_CASES[name]
+    make_folder(tmp_path, vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=5, head_dim=32)
+    compare_with_a_step(load_model(tmp_path, dtype), 2, 512, config(**flags))
+
+
+def compare_with_a_step(model: LanguageModel, B: int, T: int, given: TrainConfig) -> None:
     if given.quant != "none":
         quantise_model(model, given.quant)
     if given.peft != "none":
         method = METHODS[given.peft]
-        inject(model, method, method.Config(8))
+        inject(model, method, method.Config(given.peft_options.get("r", 8)))
+    else:
+        model.requires_grad_(True)
     parts = estimate(model, B, T, given)
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
     model_itself = bytes_of([*model.parameters(), *model.buffers()])

@@ -81,6 +81,22 @@ def transformers() -> Any:
     return transformers
 
 
+@contextlib.contextmanager
+def one_document_a_row() -> Iterator[None]:
+    """Within it transformers does not look for packed documents in the positions.
+
+    Looking waits for the GPU, and where tensors have no values (memory estimates) it takes every row for packed: then attention
+    gets a mask of (B, 1, T, T), and keys and values once a head.
+    """
+    masking = transformers().masking_utils
+    looked = masking.find_packed_sequence_indices
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = looked
+
+
 def read_config(config: Mapping[str, Any], source: str) -> Any:
     """config.json as transformers has it; UserError for a model that it, or this program, does not have."""
     kind = config.get("model_type")
@@ -157,7 +173,8 @@ class HF(LanguageModel):
             place = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
             return self._decode(self.model, input_ids=idx, position_ids=place - place.where(reset, 0).cummax(1).values), None
         if torch.is_grad_enabled():
-            return self._decode(self.model, input_ids=idx), None
+            with one_document_a_row():
+                return self._decode(self.model, input_ids=idx), None
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         cache: Any = DynamicCache()

@@ -106,7 +106,8 @@ def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers
 
     def forward(piece, state):
         nonlocal border
-        hidden, state = short.hidden(piece["idx"], state)
+        reset = torch.zeros_like(piece["idx"], dtype=torch.bool) if config.dataload == "pack" else None
+        hidden, state = short.hidden(piece["idx"], state, reset)
         border = bytes_of(tensors_of(state))
         # every token counts as trained
         loss = HeadCrossEntropy.apply(hidden.flatten(0, 1), short.head.weight, piece["idx"].flatten(), l2wrap)

@@ -97,7 +97,7 @@ def adapt(
     """Put the chosen adapter on the model, or an earlier one's values with it; the rest of the base is frozen.
 
     Returns the configuration with the options and parts that the adapter has. What an adapter starts from is computed on the
-    run's device by the first process, which hands it to the others.
+    run's device by the first process, which hands it to the others; a dry run, which shows sizes alone, leaves it out.
     """
     if config.train_type == "state":
         model.requires_grad_(False)
@@ -113,19 +113,17 @@ def adapt(
         method = METHODS[config.peft]
         options = method.config_from(config.peft_options, config.peft)
         parts = config.parts or None
-        if engine.device.type != "cpu":  # what a start is made of: decompositions, gradients
+        if engine.device.type != "cpu" and not config.dry_run:  # what a start is made of: decompositions, gradients
             model.to(engine.device)
         try:
-            if engine.first or config.dry_run:
-                inject(model, method, options, parts)
-                if method.starts_from_gradient:
-                    assert isinstance(options, LoraGaConfig)
-                    first = data.epochs()
-                    micro_batches = [first.batch(0, n) for n in range(min(options.init_batches, len(first)))]
-                    micro_batches = [{name: t.to(engine.device) for name, t in m.items()} for m in micro_batches]
-                    start_from_gradients(model, lambda micro: mean_loss(model, objective, micro), micro_batches)
-            else:
-                inject(model, method, options, parts, start=False)
+            starts = engine.first and not config.dry_run
+            inject(model, method, options, parts, start=starts)
+            if starts and method.starts_from_gradient:
+                assert isinstance(options, LoraGaConfig)
+                first = data.epochs()
+                micro_batches = [first.batch(0, n) for n in range(min(options.init_batches, len(first)))]
+                micro_batches = [{name: t.to(engine.device) for name, t in m.items()} for m in micro_batches]
+                start_from_gradients(model, lambda micro: mean_loss(model, objective, micro), micro_batches)
         except UserError as error:
             raise UserError(f"--peft {config.peft}, --parts {' '.join(config.parts) or 'as usual'}: {error}") from None
         if isinstance(model.head, AdapterLinear):
