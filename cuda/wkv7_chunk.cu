@@ -3,8 +3,8 @@
 //   S_t = S_{t-1} diag(w_t) + u_t b_t^T + v_t k_t^T      u_t = S_{t-1} a_t      w = exp(log_w)
 //   y_t = S_t r_t                                        where reset[t], S_{t-1} is zero
 //
-// One block of threads is one (batch row, head) and walks over its chunks; the state never leaves its registers. With S the
-// state before a chunk, rows of V, U, Y the tokens of the chunk, c_t the sum of log_w over its tokens <= t, e_t that over
+// One block of threads is one (batch row, head[, segment]) and walks over its chunks; the state never leaves its registers. With S
+// the state before a chunk, rows of V, U, Y the tokens of the chunk, c_t the sum of log_w over its tokens <= t, e_t that over
 // tokens < t, D = exp(c of the last token), o the product of elements:
 //
 //   Rt = r o exp(c)    At = a o exp(e)    Ki = k o exp(-c)    Bi = b o exp(-c)
@@ -37,17 +37,18 @@
 // Chunks come in groups of four. First each warp prepares one chunk of the group: Rt, At, Ki, Bi, M and the other matrices,
 // which no state enters. Then all warps walk over the four chunks. In the forward pass, a warp owns 16 value channels, rows
 // of S, and needs nothing of the others. In the backward pass it owns the same rows of G until dP is known; then, with two
-// barriers a chunk, it makes the gradients of 16 key channels. T is not cut into segments: joining them would take a 64 by 64
-// matrix a segment, for the price of another pass. No atomics and one fixed order of additions: results are the same bit for
-// bit on every run.
+// barriers a chunk, it makes the gradients of 16 key channels. No atomics and one fixed order of additions: results are the same
+// bit for bit on every run.
+//
+// Where (batch row, head) pairs are too few to fill the GPU, T is cut into segments: see `segment_maps`.
 //
 // Bytes a token and head, each moved once: 896 forward (1536 where a backward pass follows) and 2304 backward, for bf16 log_w,
 // and 128, 128 and 256 more for fp32. For B 8, T 4096, C 4096 at 4.3 TB/s those are 0.75 + 1.1 ms.
 //                      registers on sm_90   shared memory   blocks a multiprocessor: sm_90 and sm_100, sm_80, sm_86/89/120
-//   forward,  bf16 log_w        122         51.1 KB         4, 3, 1
-//   forward,  fp32 log_w        124         56.0 KB         4, 2, 1
+//   forward,  bf16 log_w        126         51.1 KB         4, 3, 1
+//   forward,  fp32 log_w        126         56.0 KB         4, 2, 1
 //   backward, bf16 log_w        152         89.1 KB         2, 1, 1
-//   backward, fp32 log_w        156         97.1 KB         2, 1, 1
+//   backward, fp32 log_w        149         97.1 KB         2, 1, 1
 //
 // Tensors (B, T, H, 64) contiguous, states (B, H, 64, 64) indexed [value, key], reset (B, T) bytes.
 #include <type_traits>
@@ -66,8 +67,11 @@ constexpr int GROUP = WARPS;  // chunks
 #endif
 
 struct Shape {
-  int T, H;
+  int T, H, segments, length;  // of a segment, in chunks; the last ones may be shorter
   __device__ int chunks() const { return (T + L - 1) / L; }
+  __device__ int first(int segment) const { return min(segment * length, chunks()); }  // chunk of a segment
+  // the matrix of the block's (batch row, head) and a segment, in (B, H, segments, 64, 64)
+  __device__ int64_t matrix(int segment) const { return (int64_t(blockIdx.x) * segments + segment) * N * N; }
   __device__ unsigned stride() const { return H * N; }  // elements from token to token
   // the element of token 0 and channel 0, for the block's (batch row, head)
   __device__ int64_t start() const { return (int64_t(blockIdx.x) / H * T * H + blockIdx.x % H) * N; }
@@ -318,15 +322,15 @@ DEVICE void for_each_pair(Tile (&state)[4], int warp, int lane, Use use) {
       use(state[q].half[i / 2].c + i % 2 * 2, value * N + key);
     }
 }
-DEVICE void read_state(Tile (&state)[4], const float* from, int warp, int lane) {  // null: zeros
+DEVICE void read_state(Tile (&state)[4], const float* from, int64_t matrix, int warp, int lane) {  // null: zeros
   for_each_pair(state, warp, lane, [&](float* x, int i) {
-    const float2 pair = from ? *reinterpret_cast<const float2*>(from + int64_t(blockIdx.x) * N * N + i) : make_float2(0.f, 0.f);
+    const float2 pair = from ? *reinterpret_cast<const float2*>(from + matrix + i) : make_float2(0.f, 0.f);
     x[0] = pair.x, x[1] = pair.y;
   });
 }
-DEVICE void write_state(float* to, Tile (&state)[4], int warp, int lane) {
+DEVICE void write_state(float* to, int64_t matrix, Tile (&state)[4], int warp, int lane) {
   for_each_pair(state, warp, lane, [&](float* x, int i) {
-    *reinterpret_cast<float2*>(to + int64_t(blockIdx.x) * N * N + i) = make_float2(x[0], x[1]);
+    *reinterpret_cast<float2*>(to + matrix + i) = make_float2(x[0], x[1]);
   });
 }
 // columns q of a state, times D
@@ -358,23 +362,23 @@ struct alignas(16) ForwardShared {
 // Four blocks, each with 1 KB for the system, fit into the 228 KB of sm_90.
 static_assert(4 * (sizeof(ForwardShared<float>) + 1024) <= 228 * 1024, "the forward kernel's shared memory");
 
-// state, final_state and checkpoints may be null.
+// states: what each (batch row, head, segment) starts from, or null for zeros. final_state and checkpoints may be null.
 template <class W>
 __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
-    chunk_forward(Shape shape, Tensors<W> in, const float* state, bf16* y, float* final_state, Checkpoint* checkpoints) {
+    chunk_forward(Shape shape, Tensors<W> in, const float* states, bf16* y, float* final_state, Checkpoint* checkpoints) {
   DYNAMIC_SHARED(memory);
   ForwardShared<W>& shared = *reinterpret_cast<ForwardShared<W>*>(memory);
   const int warp = warp_index(), lane = threadIdx.x % 32;
-  const int chunks = shape.chunks();
+  const int segment = blockIdx.y, first = shape.first(segment), end = shape.first(segment + 1);
   const unsigned stride = shape.stride();
 
   Tile S[4];
-  read_state(S, state, warp, lane);
-  int64_t here = shape.start() + 16 * warp;
-  Checkpoint* kept = checkpoints ? checkpoints + int64_t(blockIdx.x) * chunks : nullptr;
+  read_state(S, states, shape.matrix(segment), warp, lane);
+  int64_t here = shape.start() + int64_t(first) * L * stride + 16 * warp;
+  Checkpoint* kept = checkpoints ? checkpoints + int64_t(blockIdx.x) * shape.chunks() + first : nullptr;
 
-  for (int group = 0; group < chunks; group += GROUP) {
-    if (group + warp < chunks) {
+  for (int group = first; group < end; group += GROUP) {
+    if (group + warp < end) {
       auto& log_w = shared.more[warp].log_w;
       const Resets resets = copy_chunk(shape, in, group + warp, shared.factors[warp], log_w, lane);
       cp_async_commit();
@@ -383,7 +387,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
       prepare<W, false>(shared.factors[warp], log_w, resets, shared.more[warp].matrices, lane);
     }
     __syncthreads();
-    for (int i = 0; i < GROUP && group + i < chunks; i++) {
+    for (int i = 0; i < GROUP && group + i < end; i++) {
       Factors& factors = shared.factors[i];
       const Matrices& matrices = shared.more[i].matrices;
       const Resets resets{matrices.resets};
@@ -432,7 +436,115 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     }
     __syncthreads();
   }
-  if (final_state) write_state(final_state, S, warp, lane);
+  if (final_state && blockIdx.y + 1 == gridDim.y) write_state(final_state, int64_t(blockIdx.x) * N * N, S, warp, lane);
+}
+
+// ---- segments of T
+//
+// What a segment makes of a state S before it is S M + A, with matrices M and A of its own: A comes of S = 0, M of S = I with
+// V = 0. `segment_maps` finds them for all segments at once, `chain_segments` joins them, and then the kernels above and below run
+// all segments at once from the right states. In reverse, the same for G, with gY in place of V. On the way, which in reverse is
+// from the last segment to the first, segment 0 starts from what is given, and nothing starts where the last one ends.
+
+// states, maps: (B, H, segments, 64, 64), A and M of every segment where the one after it on the way has its place. in.v: in
+// reverse gy. first: (B, H, 64, 64) or null for zeros. blockIdx.y is a segment on the way, blockIdx.z 0 for A and 1 for M.
+template <class W, bool reverse>
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
+    segment_maps(Shape shape, Tensors<W> in, const float* first, float* states, float* maps) {
+  DYNAMIC_SHARED(memory);
+  ForwardShared<W>& shared = *reinterpret_cast<ForwardShared<W>*>(memory);
+  const int warp = warp_index(), lane = threadIdx.x % 32;
+  const bool from_first = blockIdx.y == 0, adds = blockIdx.z == 0;
+  if (from_first && !adds) return;
+  const int segment = reverse ? shape.segments - 1 - blockIdx.y : blockIdx.y;
+  const int begin = shape.first(segment), count = shape.first(segment + 1) - begin;
+
+  Tile S[4];  // or G
+  if (adds) read_state(S, from_first ? first : nullptr, int64_t(blockIdx.x) * N * N, warp, lane);
+  else for_each_pair(S, warp, lane, [](float* x, int i) { x[0] = i / N == i % N, x[1] = i / N == i % N + 1; });
+
+  for (int group = 0; group < count; group += GROUP) {
+    if (group + warp < count) {
+      auto& log_w = shared.more[warp].log_w;
+      const int chunk = begin + (reverse ? count - 1 - group - warp : group + warp);
+      const Resets resets = copy_chunk(shape, in, chunk, shared.factors[warp], log_w, lane);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncwarp();
+      prepare<W, reverse>(shared.factors[warp], log_w, resets, shared.more[warp].matrices, lane);
+    }
+    __syncthreads();
+    for (int i = 0; i < GROUP && group + i < count; i++) {
+      const Factors& factors = shared.factors[i];
+      const Matrices& matrices = shared.more[i].matrices;
+      const Resets resets{matrices.resets};
+      const int last = resets.last();
+      Tile P{};  // or dU; [value, token]
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        if (reverse) decay(S[q], matrices.D, q, lane);
+        const Block S_q = rounded(S[q]), A_q = load_block<SECOND>(reverse ? factors.b[q] : factors.a[q], lane);
+        add_product(P, S_q, A_q);
+        add_product(P, rest_of(S[q], S_q), A_q);
+      }
+      if (resets.bits)
+        for_each(P, lane, [&](float& x, int, int t) { x = (reverse ? t >= last : resets.reached(t)) ? x : 0.f; });
+      Block V{};  // or gY
+      if (adds) {
+        V = load_slice_transposed<FIRST>(factors.v[warp], lane);
+        add_product(P, V, reverse ? load_transposed<SECOND>(matrices.rb, lane) : load_block<SECOND>(matrices.ak, lane));
+      }
+      Block U = rounded(product_tf32(P, load_inverse(matrices, lane)));  // or dP
+      if (resets.bits) {
+        auto kept = [&](int t) { return reverse ? resets.reached(t) : t >= last; };
+        V = kept_columns(V, lane, kept);
+        U = kept_columns(U, lane, kept);
+#pragma unroll
+        for (Tile& t : S) t = Tile{};
+      }
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        if (adds) add_product(S[q], V, load_transposed<SECOND>(reverse ? factors.r[q] : factors.k[q], lane));
+        add_product(S[q], U, load_transposed<SECOND>(reverse ? factors.a[q] : factors.b[q], lane));
+        if (!reverse) decay(S[q], matrices.D, q, lane);
+      }
+    }
+    __syncthreads();
+  }
+  write_state(adds ? states : maps, shape.matrix(reverse ? segment - 1 : segment + 1), S, warp, lane);
+}
+
+constexpr int CHAIN_ROWS = 16;  // of the 64 of a state, which are independent of each other, in a block of 16 threads a row
+
+// In place, from A to what each segment starts from: A + (what the segment before it on the way starts from) M.
+template <bool reverse>
+__global__ void __launch_bounds__(16 * CHAIN_ROWS)
+    chain_segments(Shape shape, const float* first, float* states, const float* maps) {
+  __shared__ float4 before[CHAIN_ROWS][N / 4];
+  const int row = threadIdx.x / 16, column = threadIdx.x % 16 * 4, at = (CHAIN_ROWS * blockIdx.y + row) * N + column;
+  auto place = [&](int i) { return shape.matrix(reverse ? shape.segments - 1 - i : i); };
+  auto four = [](const float* x) { return *reinterpret_cast<const float4*>(x); };
+  for (int i = 0; i < shape.segments; i++) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (i > 0) sum = four(states + place(i) + at);
+    else if (first) sum = four(first + int64_t(blockIdx.x) * N * N + at);
+    if (i > 1) {  // what segment 1 starts from is there already
+      const float* const map = maps + place(i) + column;
+#pragma unroll 4
+      for (int m = 0; m < N; m += 4) {
+        const float4 x = before[row][m / 4], a = four(map + m * N), b = four(map + (m + 1) * N), c = four(map + (m + 2) * N),
+                     d = four(map + (m + 3) * N);
+        sum.x += x.x * a.x + x.y * b.x + x.z * c.x + x.w * d.x;
+        sum.y += x.x * a.y + x.y * b.y + x.z * c.y + x.w * d.y;
+        sum.z += x.x * a.z + x.y * b.z + x.z * c.z + x.w * d.z;
+        sum.w += x.x * a.w + x.y * b.w + x.z * c.w + x.w * d.w;
+      }
+    }
+    __syncwarp();
+    before[row][column / 4] = sum;
+    __syncwarp();
+    if (i != 1) *reinterpret_cast<float4*>(states + place(i) + at) = sum;
+  }
 }
 
 // ---- backward
@@ -499,22 +611,22 @@ struct Gradients {
   W* log_w;
 };
 
-// g_final and g_state may be null.
+// final_grads: the gradient of the state that each (batch row, head, segment) ends with, or null for zeros. g_state may be null.
 template <class W>
 __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
-    chunk_backward(Shape shape, Tensors<W> in, const Checkpoint* checkpoints, const bf16* gy, const float* g_final,
+    chunk_backward(Shape shape, Tensors<W> in, const Checkpoint* checkpoints, const bf16* gy, const float* final_grads,
                    Gradients<W> out, float* g_state) {
   DYNAMIC_SHARED(memory);
   BackwardShared<W>& shared = *reinterpret_cast<BackwardShared<W>*>(memory);
   const int warp = warp_index(), lane = threadIdx.x % 32;
-  const int chunks = shape.chunks();
+  const int segment = blockIdx.y, first = shape.first(segment), end = shape.first(segment + 1);
   const unsigned stride = shape.stride();
 
   Tile G[4];
-  read_state(G, g_final, warp, lane);
+  read_state(G, final_grads, shape.matrix(segment), warp, lane);
   auto copy_checkpoint = [&](int chunk) {
-    if (chunk >= 0) {
-      const Checkpoint* const kept = checkpoints + int64_t(blockIdx.x) * chunks + chunk;
+    if (chunk >= first) {
+      const Checkpoint* const kept = checkpoints + int64_t(blockIdx.x) * shape.chunks() + chunk;
       const unsigned char* const from = reinterpret_cast<const unsigned char*>(kept);
       unsigned char* const to = reinterpret_cast<unsigned char*>(&shared.checkpoint);
 #pragma unroll
@@ -525,10 +637,10 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
     cp_async_commit();
   };
-  copy_checkpoint(chunks - 1);
+  copy_checkpoint(end - 1);
 
-  for (int group = (chunks - 1) / GROUP * GROUP; group >= 0; group -= GROUP) {
-    if (group + warp < chunks) {
+  for (int group = first + (end - first - 1) / GROUP * GROUP; group >= first; group -= GROUP) {
+    if (group + warp < end) {
       auto& mine = shared.chunk[warp];
       const Resets resets = copy_chunk(shape, in, group + warp, mine.factors, mine.log_w, lane);
 #pragma unroll
@@ -542,7 +654,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
     __syncthreads();
 
-    for (int i = min(GROUP, chunks - group) - 1; i >= 0; i--) {
+    for (int i = min(GROUP, end - group) - 1; i >= 0; i--) {
       auto& now = shared.chunk[i];
       const Factors& factors = now.factors;
       const Resets resets{now.matrices.resets};
@@ -665,14 +777,18 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
     __syncthreads();
   }
-  if (g_state) write_state(g_state, G, warp, lane);
+  if (g_state && first == 0) write_state(g_state, int64_t(blockIdx.x) * N * N, G, warp, lane);
 }
 
 // ---- host
 
-static bool valid(int w_dtype, int64_t B, int64_t T, int64_t H) {
-  return (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 && T <= INT32_MAX - GROUP * L && H <= 1 << 18 &&
-         B <= INT32_MAX / H;
+static bool valid(int w_dtype, int64_t B, int64_t T, int64_t H, int segments) {
+  return (w_dtype == FLOAT32 || w_dtype == BFLOAT16) && B > 0 && T > 0 && H > 0 && T <= INT32_MAX - GROUP * L && segments > 0 &&
+         segments <= 65535 && segments <= (T + L - 1) / L && H <= 1 << 18 && B <= INT32_MAX / H;
+}
+static Shape shape_of(int64_t T, int64_t H, int segments) {
+  const int chunks = static_cast<int>((T + L - 1) / L);
+  return {static_cast<int>(T), static_cast<int>(H), segments, (chunks + segments - 1) / segments};
 }
 template <class W>
 static Tensors<W> tensors_of(const void* r, const W* log_w, const void* k, const void* v, const void* a, const void* b,
@@ -681,24 +797,57 @@ static Tensors<W> tensors_of(const void* r, const W* log_w, const void* k, const
   return {in(r), in(k), in(v), in(a), in(b), log_w, reset};
 }
 
+static dim3 grid_of(const Shape& shape, int64_t BH) {
+  return dim3(static_cast<unsigned>(BH), static_cast<unsigned>(shape.segments));
+}
+
+// What each segment starts from (in reverse: ends with, for G) goes to `states`, where the whole starts from `first`.
+template <class W, bool reverse>
+static int start_segments(const Shape& shape, int64_t BH, const Tensors<W>& in, const float* first, float* states, void* stream) {
+  const unsigned x = static_cast<unsigned>(BH), y = static_cast<unsigned>(shape.segments);
+  float* const maps = states + BH * shape.segments * N * N;
+  const int error = launch(segment_maps<W, reverse>, dim3(x, y - 1, 2), dim3(THREADS), sizeof(ForwardShared<W>), stream, shape,
+                           in, first, states, maps);
+  if (error) return error;
+  return launch(chain_segments<reverse>, dim3(x, N / CHAIN_ROWS), dim3(16 * CHAIN_ROWS), 0, stream, shape, first, states, maps);
+}
+
 // The C interface: device pointers, all but reset aligned to 16 bytes; w_dtype, the dtype of log_w and its gradient, a code
-// of device.cuh; a stream. Returns a CUDA error code, 0 for success.
+// of device.cuh; a stream. Returns a CUDA error code, 0 for success. `segments`: 1 to ceil(T / 16) and at most 65535; forward
+// and backward need not take the same.
 
 extern "C" int64_t wkv7_chunk_checkpoint_bytes(int64_t B, int64_t T, int64_t H) {
   return B * H * ((T + L - 1) / L) * static_cast<int64_t>(sizeof(Checkpoint));
 }
 
+// Bytes of `scratch` for forward and backward: the segments' states and maps.
+extern "C" int64_t wkv7_chunk_scratch_bytes(int64_t B, int64_t H, int segments) {
+  return segments == 1 ? 0 : 2 * B * H * segments * static_cast<int64_t>(N * N * sizeof(float));
+}
+
+// A good number of segments: so many that there are two blocks a multiprocessor, but none below 128 tokens; and one where that
+// would give less than three, as finding the maps takes about as long as what they are for.
+extern "C" int wkv7_chunk_segments(int64_t B, int64_t T, int64_t H, int multiprocessors) {
+  const int64_t wanted = 2 * int64_t(multiprocessors) / (B * H), most = T / (8 * L);
+  const int64_t segments = wanted < most ? wanted : most;
+  return static_cast<int>(segments < 3 ? 1 : segments < 65535 ? segments : 65535);
+}
+
 extern "C" int wkv7_chunk_forward(int w_dtype, int64_t B, int64_t T, int64_t H, const void* r, const void* log_w, const void* k,
                                   const void* v, const void* a, const void* b, const float* state /* or null: zeros */,
                                   const uint8_t* reset /* or null: none */, void* y, float* final_state,
-                                  void* checkpoints /* or null: no backward pass */, void* stream) {
-  if (!valid(w_dtype, B, T, H) || !aligned({r, log_w, k, v, a, b, state, y, final_state, checkpoints})) return invalid_value;
-  const Shape shape{static_cast<int>(T), static_cast<int>(H)};
-  auto run = [&](auto* w) {
+                                  void* checkpoints /* or null: no backward pass */, float* scratch, int segments,
+                                  void* stream) {
+  if (!valid(w_dtype, B, T, H, segments) || !aligned({r, log_w, k, v, a, b, state, y, final_state, checkpoints, scratch}))
+    return invalid_value;
+  const Shape shape = shape_of(T, H, segments);
+  auto run = [&](auto* w) -> int {
     using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
-    return launch(chunk_forward<W>, dim3(static_cast<unsigned>(B * H)), dim3(THREADS), sizeof(ForwardShared<W>), stream, shape,
-                  tensors_of(r, w, k, v, a, b, reset), state, static_cast<bf16*>(y), final_state,
-                  static_cast<Checkpoint*>(checkpoints));
+    const auto in = tensors_of(r, w, k, v, a, b, reset);
+    if (segments > 1)
+      if (const int error = start_segments<W, false>(shape, B * H, in, state, scratch, stream)) return error;
+    return launch(chunk_forward<W>, grid_of(shape, B * H), dim3(THREADS), sizeof(ForwardShared<W>), stream, shape, in,
+                  segments > 1 ? scratch : state, static_cast<bf16*>(y), final_state, static_cast<Checkpoint*>(checkpoints));
   };
   return w_dtype == BFLOAT16 ? run(static_cast<const bf16*>(log_w)) : run(static_cast<const float*>(log_w));
 }
@@ -707,17 +856,20 @@ extern "C" int wkv7_chunk_backward(int w_dtype, int64_t B, int64_t T, int64_t H,
                                    const void* v, const void* a, const void* b, const uint8_t* reset /* or null: none */,
                                    const void* checkpoints, const void* gy, const float* g_final /* or null: zeros */, void* gr,
                                    void* g_log_w, void* gk, void* gv, void* ga, void* gb,
-                                   float* g_state /* or null: not wanted */, void* stream) {
-  if (!valid(w_dtype, B, T, H) ||
-      !aligned({r, log_w, k, v, a, b, checkpoints, gy, g_final, gr, g_log_w, gk, gv, ga, gb, g_state}))
+                                   float* g_state /* or null: not wanted */, float* scratch, int segments, void* stream) {
+  if (!valid(w_dtype, B, T, H, segments) ||
+      !aligned({r, log_w, k, v, a, b, checkpoints, gy, g_final, gr, g_log_w, gk, gv, ga, gb, g_state, scratch}))
     return invalid_value;
-  const Shape shape{static_cast<int>(T), static_cast<int>(H)};
-  auto run = [&](auto* w, auto* gw) {
+  const Shape shape = shape_of(T, H, segments);
+  auto run = [&](auto* w, auto* gw) -> int {
     using W = std::remove_pointer_t<decltype(gw)>;
+    if (segments > 1)
+      if (const int error = start_segments<W, true>(shape, B * H, tensors_of(r, w, k, gy, a, b, reset), g_final, scratch, stream))
+        return error;
     auto to = [](void* x) { return static_cast<bf16*>(x); };
-    return launch(chunk_backward<W>, dim3(static_cast<unsigned>(B * H)), dim3(THREADS), sizeof(BackwardShared<W>), stream, shape,
+    return launch(chunk_backward<W>, grid_of(shape, B * H), dim3(THREADS), sizeof(BackwardShared<W>), stream, shape,
                   tensors_of(r, w, k, v, a, b, reset), static_cast<const Checkpoint*>(checkpoints), static_cast<const bf16*>(gy),
-                  g_final, Gradients<W>{to(gr), to(gk), to(gv), to(ga), to(gb), gw}, g_state);
+                  segments > 1 ? scratch : g_final, Gradients<W>{to(gr), to(gk), to(gv), to(ga), to(gb), gw}, g_state);
   };
   return w_dtype == BFLOAT16 ? run(static_cast<const bf16*>(log_w), static_cast<bf16*>(g_log_w))
                              : run(static_cast<const float*>(log_w), static_cast<float*>(g_log_w));

@@ -48,9 +48,10 @@ def run_sequential(lib: ctypes.CDLL) -> None:
         call(lib.wkv6_sequential_backward, *sizes, *inputs, gy, g_final, *outputs, g_u, state, scratch)
 
 
-def run_wkv7(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype, w_dtype: torch.dtype, T: int, N: int) -> None:
+def run_wkv7(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype, w_dtype: torch.dtype, T: int, N: int, cut: int = 1) -> None:
     """Forward and backward through the host side; half of the tokens of one batch row begin a document."""
     wkv7_cuda.library = lambda kernel, device: lib
+    wkv7_cuda.segments = lambda name, lib, r: (torch.empty(lib.wkv7_chunk_scratch_bytes(2, 1, cut) // 4), cut)
     wkv7_cuda.run = lambda function, device, *arguments: call(function, *arguments)
     r, k, v, a, b, gy = (0.1 * torch.randn(2, T, 1, N).to(dtype) for _ in range(6))
     log_w, state = -0.6 * torch.rand(2, T, 1, N).to(w_dtype), torch.randn(2, 1, N, N)
@@ -60,8 +61,8 @@ def run_wkv7(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype, w_dtype: torch.d
 
 
 def run_wkv7_chunk(lib: ctypes.CDLL) -> None:
-    for w_dtype in (BF16, FP32):
-        run_wkv7(lib, "chunk", BF16, w_dtype, 150, 64)
+    for w_dtype, segments in ((BF16, 1), (FP32, 1), (BF16, 3)):
+        run_wkv7(lib, "chunk", BF16, w_dtype, 150, 64, segments)
 
 
 def run_wkv7_sequential(lib: ctypes.CDLL) -> None:

@@ -101,7 +101,7 @@ def shim(monkeypatch, tmp_path):
         for module in (wkv6_cuda, bone_cuda):
             monkeypatch.setattr(module, "library", lambda *_: library)
             monkeypatch.setattr(module, "run", run)
-        monkeypatch.setattr(wkv6_cuda, "multiprocessors", lambda device: 2)
+        monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
 
     return compiled
 

@@ -39,7 +39,7 @@ def shim(libraries, monkeypatch):
 
     monkeypatch.setattr(wkv6_cuda, "library", library)
     monkeypatch.setattr(wkv6_cuda, "run", run)
-    monkeypatch.setattr(wkv6_cuda, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 4)
     monkeypatch.setitem(op.recurrence.kernels, "cpu", wkv6_cuda)
     return ran
 

@@ -53,7 +53,10 @@ def libraries(tmp_path_factory):
 @pytest.fixture
 def both(libraries, monkeypatch):
     """A function that runs a kernel forward and backward on CPU tensors, between guards, and names what it gives."""
-    filled = []
+    filled, number = [], 1
+
+    def segments(name, lib, r):
+        return empty((lib.wkv7_chunk_scratch_bytes(r.shape[0], r.shape[2], number) // 4,), FP32), number
 
     def empty(shape, dtype=None, device=None):
         filled.append(guarded_nan(tuple(shape), dtype))
@@ -64,10 +67,13 @@ def both(libraries, monkeypatch):
 
     monkeypatch.setattr(cuda, "library", lambda kernel, device: libraries[kernel])
     monkeypatch.setattr(cuda, "run", run)
+    monkeypatch.setattr(cuda, "segments", segments)
     monkeypatch.setattr(cuda.torch, "empty", empty)
     monkeypatch.setattr(cuda.torch, "empty_like", lambda x: empty(x.shape, x.dtype))
 
-    def run_both(kernel, inputs, gy, g_final, seed=0):
+    def run_both(kernel, inputs, gy, g_final, seed=0, cut=1):
+        nonlocal number
+        number = cut
         libraries[kernel].cuda_shim_seed(seed)
         *tensors, reset = (x if x is None or x.dtype == torch.bool else guarded(x) for x in inputs)
         y, final_state, saved = cuda.forward(*tensors, reset, True, kernel)
@@ -85,8 +91,8 @@ def gate(kernel, dtype):
     return 4e-3 if kernel == "sequential" else 6e-3
 
 
-def assert_equals_reference(both, kernel, inputs, gy, g_final):
-    got = both(kernel, inputs, gy, g_final)
+def assert_equals_reference(both, kernel, inputs, gy, g_final, cut=1):
+    got = both(kernel, inputs, gy, g_final, cut=cut)
     errors = {name: error(got[name], want) for name, want in reference(inputs, gy, g_final).items()}
     too_large = {name: x for name, x in errors.items() if not x <= gate(kernel, inputs[0].dtype)}  # NaN is not <=
     assert not too_large
@@ -115,9 +121,18 @@ def test_chunk_equals_the_definition(both, w_dtype, regime, T):
     assert_equals_reference(both, "chunk", *make_inputs(1, T, 2, 64, regime, BF16, w_dtype))
 
 
-def test_chunk_stays_exact_where_one_token_comes_again_and_again(both):
+@pytest.mark.parametrize("cut", [1, 6])
+def test_chunk_stays_exact_where_one_token_comes_again_and_again(both, cut):
     # the state grows and what is removed from it does not: 1.4e-2 after 1,600 tokens with the states rounded to bf16 there
-    assert_equals_reference(both, "chunk", *make_inputs(1, 800, 1, 64, "repeat", BF16, FP32))
+    assert_equals_reference(both, "chunk", *make_inputs(1, 800, 1, 64, "repeat", BF16, FP32), cut)
+
+
+@pytest.mark.parametrize(
+    "B, T, H, w_dtype, cut", [(2, 33, 2, BF16, 3), (1, 65, 1, FP32, 4), (1, 200, 1, BF16, 13), (1, 300, 1, FP32, 4)]
+)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_chunk_in_segments_equals_the_definition(both, regime, B, T, H, w_dtype, cut):
+    assert_equals_reference(both, "chunk", *make_inputs(B, T, H, 64, regime, BF16, w_dtype), cut)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -127,38 +142,38 @@ def test_chunk_takes_large_and_small_inputs(both, scale):
     assert_equals_reference(both, "chunk", scaled, gy, g_final)
 
 
-KERNELS = [("sequential", FP32, 16), ("chunk", BF16, 64)]
+KERNELS = [("sequential", FP32, 16, 1), ("chunk", BF16, 64, 1), ("chunk", BF16, 64, 3)]  # in so many segments
 
 
 @pytest.mark.parametrize("resets, state", [(0.05, True), (0.5, False), (1.0, True)])
-@pytest.mark.parametrize("kernel, dtype, N", KERNELS)
-def test_no_token_sees_beyond_a_reset(both, kernel, dtype, N, resets, state):
+@pytest.mark.parametrize("kernel, dtype, N, cut", KERNELS)
+def test_no_token_sees_beyond_a_reset(both, kernel, dtype, N, cut, resets, state):
     inputs, gy, g_final = make_inputs(2, 70, 2, N, dtype=dtype, resets=resets, state=state)
-    got = assert_equals_reference(both, kernel, inputs, gy, g_final)
+    got = assert_equals_reference(both, kernel, inputs, gy, g_final, cut)
     assert (got["g_log_w"][inputs[-1]] == 0).all()
     loud = [x if x is None else x.clone() for x in inputs]
     for b in range(2):  # what comes before the last reset says nothing about what comes after it
         last = inputs[-1][b].nonzero().max()
         loud[2][b, :last] *= 1e3
-        after = both(kernel, loud, gy, g_final)
+        after = both(kernel, loud, gy, g_final, cut=cut)
         assert torch.equal(after["y"][b, last:], got["y"][b, last:])
         assert torch.equal(after["final_state"][b], got["final_state"][b])
 
 
-@pytest.mark.parametrize("kernel, dtype, N", KERNELS)
-def test_no_order_of_threads_changes_a_bit(both, kernel, dtype, N):
+@pytest.mark.parametrize("kernel, dtype, N, cut", KERNELS)
+def test_no_order_of_threads_changes_a_bit(both, kernel, dtype, N, cut):
     inputs, gy, g_final = make_inputs(2, 90, 2, N, dtype=dtype, resets=0.05)
-    want = both(kernel, inputs, gy, g_final)
+    want = both(kernel, inputs, gy, g_final, cut=cut)
     for seed in range(1, 4):
-        got = both(kernel, inputs, gy, g_final, seed)
+        got = both(kernel, inputs, gy, g_final, seed, cut)
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("kernel, dtype, N", KERNELS)
-def test_absent_states_are_zeros(both, kernel, dtype, N):
+@pytest.mark.parametrize("kernel, dtype, N, cut", KERNELS)
+def test_absent_states_are_zeros(both, kernel, dtype, N, cut):
     inputs, gy, _ = make_inputs(2, 40, 2, N, dtype=dtype, state=False)
     zeros = torch.zeros(2, 2, N, N)
-    got, want = both(kernel, inputs, gy, None), both(kernel, (*inputs[:6], zeros, None), gy, zeros)
+    got, want = both(kernel, inputs, gy, None, cut=cut), both(kernel, (*inputs[:6], zeros, None), gy, zeros, cut=cut)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -183,10 +198,10 @@ def test_chunk_takes_tensors_in_the_middle_of_others(both):
     assert torch.equal(y, want["y"]) and torch.equal(final_state, want["final_state"])
 
 
-@pytest.mark.parametrize("kernel, dtype, N", KERNELS)
-def test_nothing_is_kept_unless_asked(both, kernel, dtype, N):
+@pytest.mark.parametrize("kernel, dtype, N, cut", KERNELS)
+def test_nothing_is_kept_unless_asked(both, kernel, dtype, N, cut):
     inputs, gy, g_final = make_inputs(1, 40, 1, N, dtype=dtype)
-    want = both(kernel, inputs, gy, g_final)
+    want = both(kernel, inputs, gy, g_final, cut=cut)
     y, final_state, saved = cuda.forward(*inputs, False, kernel)
     assert torch.equal(y, want["y"]) and torch.equal(final_state, want["final_state"]) and saved.numel() == 0
 
@@ -209,13 +224,22 @@ def test_sequential_refuses_what_it_cannot_do_with_an_error_code(libraries, code
 
 
 def test_chunk_refuses_what_it_cannot_do_with_an_error_code(libraries):
-    def codes(w_dtype, B, T, H, pointer=None):
+    def codes(w_dtype, B, T, H, pointer=None, segments=1):
         head = (w_dtype, B, T, H, pointer)
         return {
-            libraries["chunk"].wkv7_chunk_forward(*head, *[None] * 11),
-            libraries["chunk"].wkv7_chunk_backward(*head, *[None] * 17),
+            libraries["chunk"].wkv7_chunk_forward(*head, *[None] * 11, segments, None),
+            libraries["chunk"].wkv7_chunk_backward(*head, *[None] * 17, segments, None),
         }
 
     sizes = [(2, 1, 33, 1), (1, 0, 33, 1), (1, 1, 0, 1), (1, 1, 33, 0), (1, 1, 2**31, 1), (1, 2**20, 16, 2**12)]
     assert all(codes(*size) == {1} for size in sizes)
     assert codes(1, 1, 33, 1, 8) == {1}  # copies need 16-byte alignment
+    assert codes(1, 1, 33, 1, segments=0) == codes(1, 1, 33, 1, segments=4) == {1}  # three chunks
+
+
+@pytest.mark.parametrize("B, T, H", [(8, 4096, 64), (1, 4096, 12), (1, 4096, 64), (1, 4096, 1), (1, 17, 1), (32, 512, 32)])
+@pytest.mark.parametrize("multiprocessors", [28, 132])
+def test_the_recommended_segments_are_long_and_as_many_as_the_gpu_can_run(libraries, B, T, H, multiprocessors):
+    segments = libraries["chunk"].wkv7_chunk_segments(B, T, H, multiprocessors)
+    assert segments == 1 or (segments >= 3 and T // segments >= 128 and B * H * segments <= 2 * multiprocessors)
+    assert (segments > 1) == (2 * multiprocessors >= 3 * B * H and T >= 384)

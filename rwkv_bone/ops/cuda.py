@@ -106,6 +106,14 @@ def run(function, device: torch.device, *arguments) -> None:
         raise torch.cuda.CudaError(code)
 
 
+def segments(name: str, lib: ctypes.CDLL, r: Tensor) -> tuple[Tensor, int]:
+    """Into how many segments of T the chunk kernel of the recurrence `name` should cut r (B, T, H, N), behind its scratch memory
+    for that."""
+    B, T, H, _ = r.shape
+    number = getattr(lib, f"{name}_chunk_segments")(B, T, H, multiprocessors(r.device))
+    return r.new_empty(getattr(lib, f"{name}_chunk_scratch_bytes")(B, H, number), dtype=torch.uint8), number
+
+
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -1,9 +1,10 @@
 """Whether a kernel is right on this GPU. It is found out once for each GPU, driver and torch, and decides what runs there.
 
 A kernel is compared with its definition in float64: output, final state and every gradient, on random inputs, strong decay, a
-repeated token, one token, a tail and several segments. Then it is launched again and again on two streams, for as many heads as
-fill the GPU, all with the same values: every head of every launch must give the same bits. That is done in another process, as
-a kernel that writes where it must not, or never ends, takes its process along.
+repeated token, one token, a tail and several segments (of WKV7 with weak decay, as states reach from one into the next then).
+Then it is launched again and again on two streams, for as many heads as fill the GPU, all with the same values: every head of
+every launch must give the same bits. That is done in another process, as a kernel that writes where it must not, or never ends,
+takes its process along.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from . import build, cuda
 
 LAUNCHES = 60  # what goes wrong in one launch of ten is missed in 0.2 % of the checks
 SECONDS = 600  # for a check in a process of its own: fla compiles and tunes its kernels first
-CASES = (("random", 70), ("strong", 70), ("repeat", 70), ("random", 1), ("random", 531))  # regime, tokens; 531: in segments
+CASES = (("random", 70), ("strong", 70), ("repeat", 70), ("random", 1), ("weak", 531))  # regime, tokens; 531: in segments
 BONE_SIZES = ((3, 4, 2, 64), (130, 2, 3, 24), (700, 8, 8, 64))  # tokens, pieces of x, pieces of y, r
 OURS = ("chunk", "sequential")
 LEAST_LOG_W = -0.60653066  # of RWKV-7
@@ -76,7 +77,7 @@ def sample(name: str, T: int, regime: str, dtype: torch.dtype, N: int, H: int = 
         high = 3.0 if regime == "strong" else -0.5
         given |= {"log_w": -torch.exp(-6 + (high + 6) * x.sigmoid()), "u": random(H, N)}
     else:
-        x = {"random": 6 * x, "strong": x.abs() + 12, "repeat": -x.abs() - 40}[regime]
+        x = {"random": 6 * x, "strong": x.abs() + 12, "weak": -x.abs() - 4, "repeat": -x.abs() - 40}[regime]
         a, gates = normalize(a, dim=-1), gates.sigmoid() if regime != "repeat" else torch.ones_like(gates)
         given = {"r": r, "log_w": LEAST_LOG_W * x.sigmoid(), "k": k, "v": v, "a": -a, "b": a * gates}
     exact = ("log_w", "u") if T % 2 else ("u",)  # log_w in float32 too

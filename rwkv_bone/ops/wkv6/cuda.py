@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..cuda import CHUNK, DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, multiprocessors, run
+from ..cuda import CHUNK, DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, run, segments
 
 CHECKPOINT = (64 * 64 + 16 * 16) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) there
 FUNCTIONS: Functions = {
@@ -53,11 +53,10 @@ def forward(
     y, final_state = torch.empty_like(r), u.new_empty(B, H, N, N)
     if kernel == "chunk":
         saved = u.new_empty(saved_shape(r, kernel) if save else 0)
-        segments, scratch = _segments(lib, r)
         assert saved.nbytes in (0, lib.wkv6_chunk_checkpoint_bytes(B, T, H))
         run(
             lib.wkv6_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H,
-            *map(aligned, (r, k, v, log_w, u, state)), y, final_state, saved if save else None, scratch, segments,
+            *map(aligned, (r, k, v, log_w, u, state)), y, final_state, saved if save else None, *segments("wkv6", lib, r),
         )  # fmt: skip
     else:
         saved = u.new_empty(0) if not save else u.new_zeros(B, H, N, N) if state is None else state.clone()
@@ -79,10 +78,10 @@ def backward(
     gr, gk, gv, gw = torch.empty_like(r), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_w)
     gu, gstate = u.new_empty(B, H, N), u.new_empty(B, H, N, N)
     if kernel == "chunk":
-        segments, scratch = _segments(lib, r)
         run(
             lib.wkv6_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H,
-            *map(aligned, (r, k, v, log_w, u, saved, gy, gfinal)), gr, gk, gv, gw, gu, gstate, scratch, segments,
+            *map(aligned, (r, k, v, log_w, u, saved, gy, gfinal)), gr, gk, gv, gw, gu, gstate,
+            *segments("wkv6", lib, r),
         )  # fmt: skip
     else:
         scratch = u.new_empty(lib.wkv6_sequential_scratch(B, T, H, N) // 4)
@@ -91,10 +90,3 @@ def backward(
             r, k, v, log_w, u, saved, gy, gfinal, gr, gk, gv, gw, gu, gstate, scratch,
         )  # fmt: skip
     return gr, gk, gv, gw, gu.sum(0), gstate
-
-
-def _segments(lib: ctypes.CDLL, r: Tensor) -> tuple[int, Tensor]:
-    """Into how many segments of T the chunk kernel should cut r, and its scratch memory for that."""
-    B, T, H, _ = r.shape
-    segments = lib.wkv6_chunk_segments(B, T, H, multiprocessors(r.device))
-    return segments, r.new_empty(lib.wkv6_chunk_scratch_bytes(B, H, segments), dtype=torch.uint8)

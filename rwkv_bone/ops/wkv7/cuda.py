@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..cuda import CHUNK, DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, run
+from ..cuda import CHUNK, DTYPES, INT, POINTER, SIZE, Functions, aligned, declare, load, run, segments
 
 CHECKPOINT = (64 * 64 + 16 * 64) // 2  # float32 numbers kept a chunk for backward; sizeof(Checkpoint) in cuda/wkv7_chunk.cu
 FUNCTIONS: Functions = {
@@ -22,8 +22,10 @@ FUNCTIONS: Functions = {
     "wkv7_sequential_forward": (INT, [INT] * 2 + [SIZE] * 4 + [POINTER] * 11),
     "wkv7_sequential_backward": (INT, [INT] * 2 + [SIZE] * 4 + [POINTER] * 19),
     "wkv7_chunk_checkpoint_bytes": (SIZE, [SIZE] * 3),
-    "wkv7_chunk_forward": (INT, [INT] + [SIZE] * 3 + [POINTER] * 12),
-    "wkv7_chunk_backward": (INT, [INT] + [SIZE] * 3 + [POINTER] * 18),
+    "wkv7_chunk_scratch_bytes": (SIZE, [SIZE] * 2 + [INT]),
+    "wkv7_chunk_segments": (INT, [SIZE] * 3 + [INT]),
+    "wkv7_chunk_forward": (INT, [INT] + [SIZE] * 3 + [POINTER] * 12 + [INT, POINTER]),
+    "wkv7_chunk_backward": (INT, [INT] + [SIZE] * 3 + [POINTER] * 18 + [INT, POINTER]),
 }
 
 
@@ -59,6 +61,7 @@ def forward(
         run(
             lib.wkv7_chunk_forward, r.device, DTYPES[log_w.dtype], B, T, H,
             *map(aligned, (r, log_w, k, v, a, b, state, reset)), y, final_state, saved if save else None,
+            *segments("wkv7", lib, r),
         )  # fmt: skip
     else:
         saved = _float32(r, 0) if not save else r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
@@ -82,7 +85,7 @@ def backward(
     if kernel == "chunk":
         run(
             lib.wkv7_chunk_backward, r.device, DTYPES[log_w.dtype], B, T, H,
-            *map(aligned, (r, log_w, k, v, a, b, reset, saved, gy, gfinal)), *grads,
+            *map(aligned, (r, log_w, k, v, a, b, reset, saved, gy, gfinal)), *grads, *segments("wkv7", lib, r),
         )  # fmt: skip
     else:
         scratch = _float32(r, lib.wkv7_sequential_scratch(B, T, H, N) // 4)
