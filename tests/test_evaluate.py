@@ -458,6 +458,9 @@ def test_a_template_and_field_names_make_the_questions(model_file, pupil, tmp_pa
     fields = "question=ask,answer=tell"
     evaluate("gsm8k", "--model", model_file, "--data", file, "--template", template, "--fields", fields)
     assert pupil.asked == ["Q: What is 4?\nA:"]
+    with pytest.raises(UserError, match="does not write several turns"):
+        evaluate("gsm8k", "--model", model_file, "--data", file, "--template", template, "--fields", fields, "--shots", 1,
+                 "--shots_data", file)  # fmt: skip
 
 
 # ---------------------------------------------------------------- loss

@@ -19,6 +19,7 @@ from rwkv_bone.data.files import BEGINNING, Batch
 from rwkv_bone.data.templates import Template
 from rwkv_bone.data.tokenizer import open_tokenizer
 from rwkv_bone.errors import UserError
+from rwkv_bone.evaluate import problems
 from rwkv_bone.evaluate.command import main as evaluate
 from rwkv_bone.files.adapters import load_adapter
 from rwkv_bone.files.atomic import atomic
@@ -155,6 +156,26 @@ def test_text_is_tokenised_as_in_transformers(folders):
     assert template.turn(talk) == "\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
     assert template.stops == ("<|im_end|>",) and template.turn_end == "<|im_end|>"
     assert [piece for piece, trained in template.segments(talk) if trained] == ["a b<|im_end|>"]
+
+
+@torch.no_grad()
+def test_solved_problems_are_earlier_turns_of_one_conversation(folders, rows, monkeypatch):
+    """Which begins once, with one system message, as transformers writes it."""
+    from transformers import PreTrainedTokenizerFast
+
+    given = [{"system": "S", "question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in given))
+    read_before = []
+    monkeypatch.setattr(problems, "read", lambda model, tokens: read_before.extend(tokens) or read(model, tokens))
+    monkeypatch.setattr(problems, "completions", lambda *args: read_before.extend(args[2]) or iter([]))
+    evaluate(["gsm8k", "--model", str(folders["llama"]), "--data", str(rows), "--shots", "2", "--shots_data", str(rows),
+              "--out", str(rows.parent / "results.jsonl")])  # fmt: skip
+    theirs = PreTrainedTokenizerFast.from_pretrained(folders["llama"])
+    shots, *asked = read_before
+    for i, question in enumerate(asked):
+        talk = [{"role": "system", "content": "S"}, *conversation("0?", "#### 0", "1?", "#### 1", f"{i}?")]
+        whole = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert [*shots, *question] == whole and whole.count(1) == 1  # <s>
 
 
 def test_answers_alone_are_trained_up_to_their_end(folders, rows, capsys):

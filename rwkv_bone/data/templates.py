@@ -230,13 +230,14 @@ class Template:
 
     def prompt(self, messages: list[Message], tools=None) -> str:
         """What to ask a model with after `messages`, the last of them a user's: the text that training has before the answer."""
-        return "".join(self._before_answer(messages, tools))
+        return "".join(self.before_answer(messages, tools))
 
     def turn(self, messages: list[Message], tools=None) -> str:
         """The last stretch of `prompt`: what follows the answer before it."""
-        return self._before_answer(messages, tools)[-1]
+        return self.before_answer(messages, tools)[-1]
 
-    def _before_answer(self, messages: list[Message], tools) -> list[str]:
+    def before_answer(self, messages: list[Message], tools=None) -> list[str]:
+        """`prompt` in stretches: a text that is not trained and an answer in turns, at last the text before the new answer."""
         if not self.marks:
             whole, asked = self._marked(messages, tools), self._text(messages, tools, ask=True)
             told = len(whole.replace(BORDER, ""))

@@ -120,19 +120,20 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(args, model)
     template = template_of(args, model)
     encoder = RowEncoder(tokenizer, template, fields, loss_mask="all")
-    asked = problems.read_problems(grader, files, encoder, fields["answer"], args.limit)
-    shots = []
+    shots: list[problems.Problem] = []
     if args.shots:
         shots = problems.read_problems(grader, find_files([args.shots_data]), encoder, fields["answer"], args.shots)
         if len(shots) < args.shots:
             raise UserError(f"--shots {args.shots}: {args.shots_data} has only {len(shots)} problems")
+    asked = problems.read_problems(grader, files, encoder, fields["answer"], args.limit, shots)
+    shown = problems.shown(template, shots)
     stop = [*args.stop, *template.stops]
     settings = {
         "grader": grader.name,
         "data": file_hash(files),
         "fields": fields,
         "template": template.identity(),
-        "shots": [[shot.prompt, shot.solution] for shot in shots],
+        "shots": shown,
         "max_tokens": args.max_tokens,
         "stop": stop,
         "sampling": asdict(sampling),
@@ -141,10 +142,10 @@ def evaluate_problems(args: argparse.Namespace) -> None:
     with open_results(args, model, settings) as results:
         with memory_advice("take a smaller --batch_size"):
             begin = () if template.whole else tokenizer.begin
-            state = problems.read_shots(model, tokenizer, shots, template.turn_end, begin)
+            state = problems.read_shots(model, tokenizer, shown, begin)
             options = (sampling, args.max_tokens, stop, args.seed, args.batch_size)
             with closing(grader):
-                problems.solve(grader, model, tokenizer, asked, results, *options, state=state, begin=() if shots else begin)
+                problems.solve(grader, model, tokenizer, asked, results, *options, state=state, begin=begin)
         found = problems.summary(results, {problem.id for problem in asked})
         print(problems.describe(args.task, found, args.max_tokens))
         print(f"each answer is in {results.path}")

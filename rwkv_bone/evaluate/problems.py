@@ -1,7 +1,8 @@
 """GSM8K and MATH: ask a model every question and count the right answers.
 
 Questions are put as in training (data/templates.py: "User: {question}\\n\\nAssistant:", or a template of one's own), after some
-solved ones if asked for; those are read once, and their state is where every question begins.
+solved ones if asked for: the earlier turns of the same conversation. They are read once, and their state is where every question
+begins.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 
 from ..data.encode import RowEncoder
 from ..data.files import read_batches
+from ..data.templates import Message, Template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..generate import Sampling, completions, read
@@ -37,14 +39,21 @@ TASKS = {
 @dataclass(frozen=True)
 class Problem:
     id: int  # its place in the files, from 0
-    prompt: str  # as the model is asked
-    solution: str  # as the model would be taught
+    messages: list[Message]  # the question and its solution
+    prompt: str  # as the model is asked, after what `shown` gives
     expected: Any  # the final answer, for the grader
     group: str  # e.g. MATH's subject
 
 
-def read_problems(grader: Grader, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0) -> list[Problem]:
-    """The problems of jsonl files, the first `limit` of them (0: all); `solution` names the field that ends with the answer."""
+def read_problems(
+    grader: Grader, paths: Sequence[str], encoder: RowEncoder, solution: str, limit: int = 0, shots: Sequence[Problem] = ()
+) -> list[Problem]:
+    """The problems of jsonl files, the first `limit` of them (0: all); `solution` names the field that ends with the answer.
+
+    shots: solved problems that are shown before each.
+    """
+    before = shown_messages(shots)
+    stretches = len(shown(encoder.template, shots))
     problems: list[Problem] = []
     rows = ((batch.where(number), row) for batch in read_batches(list(paths)) for number, row in batch.rows())
     for where, row in rows:
@@ -57,20 +66,36 @@ def read_problems(grader: Grader, paths: Sequence[str], encoder: RowEncoder, sol
                 raise UserError(f"no question, or no answer in {solution!r}; name the fields by --fields")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        prompt = encoder.template.prompt(talk.messages[:-1], talk.tools)
-        whole = "".join(text for text, _ in encoder.template.segments(*talk))
+        question = talk.messages[:-1] if not before else [m for m in talk.messages[:-1] if m["role"] != "system"]
+        prompt = "".join(encoder.template.before_answer([*before, *question], talk.tools)[stretches:])
         group = row.get("subject") or row.get("type") or ""
-        problems.append(Problem(len(problems), prompt, whole.removeprefix(prompt), expected, str(group)))
+        problems.append(Problem(len(problems), talk.messages, prompt, expected, str(group)))
     if not problems:
         raise UserError(f"{paths[0]} holds no problem")
     return problems
 
 
+def shown_messages(shots: Sequence[Problem]) -> list[Message]:
+    """Solved problems as one conversation, which has one system message at the most: the first problem's."""
+    return [m for i, shot in enumerate(shots) for m in shot.messages if i == 0 or m["role"] != "system"]
+
+
+def shown(template: Template, shots: Sequence[Problem]) -> list[str]:
+    """The text of solved problems before a question, in stretches: by turns one not trained and an answer."""
+    if not shots:
+        return []
+    messages = shown_messages(shots)
+    *before, turn = template.before_answer([*messages, {"role": "user", "content": "question"}])
+    if len(before) != 2 * sum(m["role"] == "assistant" for m in messages) or "question" not in turn:
+        raise UserError(f"--shots: the template {template.name} does not write several turns, or leaves earlier answers out")
+    return before
+
+
 def read_shots(
-    model: LanguageModel, tokenizer: Tokenizer, shots: Sequence[Problem], between: str, begin: tuple[int, ...] = ()
+    model: LanguageModel, tokenizer: Tokenizer, stretches: list[str], begin: tuple[int, ...] = ()
 ) -> State | None:
-    """The state after `begin` and some solved problems, `between` following each; None without any."""
-    tokens = [t for shot in shots for text in (shot.prompt, shot.solution + between) for t in tokenizer.encode(text)]
+    """The state after `begin` and what `shown` gives; None where that is nothing."""
+    tokens = [t for ids in tokenizer.encode_documents(stretches, [len(stretches)]) for t in ids] if stretches else []
     return read(model, [[*begin, *tokens]])[1] if tokens else None
 
 
@@ -91,13 +116,16 @@ def solve(
     state: State | None = None,
     begin: tuple[int, ...] = (),
 ) -> None:
-    """Ask for what `results` does not hold yet, and add each answer as it comes. begin: tokens before each question."""
+    """Ask for what `results` does not hold yet, and add each answer as it comes.
+
+    state: after what is shown before each question; None: nothing is, and each begins with the tokens `begin`.
+    """
     ids = {problem.id for problem in problems}
     right = sum(item["correct"] for item in results if item["id"] in ids)
     todo = [problem for problem in problems if problem.id not in results.done]
     done = len(problems) - len(todo)
     tokens, began = 0, time.monotonic()
-    prompts = [[*begin, *tokenizer.encode(problem.prompt)] for problem in todo]
+    prompts = [[*begin, *tokenizer.encode(p.prompt)] if state is None else tokenizer.encode_after(p.prompt) for p in todo]
     with Progress(len(problems), done, "problems") as progress:
         for completion in completions(model, tokenizer, prompts, sampling, max_tokens, stop, seed, batch_size, state):
             problem = todo[completion.index]
