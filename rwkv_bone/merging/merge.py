@@ -19,6 +19,7 @@ from ..files.adapters import Adapter
 from ..files.models import by_parameter, combine, file_tensors, fingerprint, open_model, sample
 from ..files.pth import Layout, Streamed
 from ..interop.rwkv_peft import UNAIDED, Foreign
+from ..ops import rounding
 from ..peft import quant
 from ..peft.adapter import matches
 
@@ -39,7 +40,11 @@ class Effect:
     def round(self, before: Tensor, exact: Iterable[tuple[slice, Tensor]], rounded: Tensor) -> None:
         """Round `exact`, given as panels of rows, into `rounded`, and add the change from `before`, which has its shape."""
         spare = before.new_empty(0)  # fresh memory costs more than what is done in it
+        by_kernel = rounding.fits(before, rounded)
         for rows, panel in exact:
+            if by_kernel and panel.dtype == torch.float32:
+                self.add(rounding.effect(before[rows], panel, rounded[rows]))
+                continue
             compute = functools.reduce(torch.promote_types, (before.dtype, panel.dtype, torch.float32))
             size = min(PIECE, panel.numel())
             if spare.dtype != compute or spare.numel() < 3 * size:
@@ -59,6 +64,10 @@ class Effect:
         same = before.dtype == rounded.dtype
         self.vanished += moved - ones(torch.ne(r, b if same else b.copy_(before.to(rounded.dtype)), out=spare))
         self.lost += square(r.sub_(exact))
+
+    def add(self, sums: rounding.Sums) -> None:
+        for name, value in sums._asdict().items():
+            setattr(self, name, getattr(self, name) + value)
 
     def __add__(self, other: "Effect") -> "Effect":
         return Effect(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -111,6 +120,7 @@ class Merge:
         self.dtype = next(iter(tensors.values())).dtype
         self.adapters = [Adapter(path, self.kind, self.sizes, options.foreign) for path in adapters]
         self.effects: list[dict[str, Effect]] = [{} for _ in adapters]  # of each adapter, by part
+        self.buffers = [torch.empty(0, dtype=torch.uint8) for _ in adapters]
         self.check_bases()
         self.layout = self.make_layout(tensors)
         copies = self.kind.copies(self.sizes)
@@ -160,7 +170,7 @@ class Merge:
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the file, merged tensor), in the layout's order and dtypes."""
+        """(name in the file, merged tensor), in the layout's order and dtypes. A large one is valid until the next is drawn."""
         met: list[list[str]] = [[] for _ in self.adapters]  # samples of the model that each adapter meets
         for name, (dtype, shape) in self.layout.items():
             parameter = self.parameter[name]
@@ -198,13 +208,22 @@ class Merge:
     def changed(self, i: int, name: str, before: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor after adapter i, rounded to `dtype`, on the CPU."""
         before = before.to(self.options.device)
-        after = torch.empty(before.shape, dtype=dtype, device=before.device)
+        after = self.memory(i, before.shape, dtype)
         effect = self.effects[i].setdefault(self.model.part_of(name), Effect())
         effect.tensors += 1
         effect.round(before, self.adapters[i].merged_panels(name, before), after)
         if not math.isfinite(effect.lost):  # a sum over the tensor in which infinity and NaN are seen
             converted(self.adapters[i].merged(name, before), dtype, name, self.adapters[i].path)
         return after.cpu()
+
+    def memory(self, i: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor after adapter i: for large ones always the same, as fresh memory costs as much as the work."""
+        if shape.numel() < rounding.LARGE:
+            return torch.empty(shape, dtype=dtype, device=self.options.device)
+        size = shape.numel() * dtype.itemsize
+        if self.buffers[i].numel() < size:
+            self.buffers[i] = torch.empty(size, dtype=torch.uint8, device=self.options.device)
+        return self.buffers[i][:size].view(dtype).view(shape)
 
     def report(self) -> str:
         """What each adapter did, by part."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..terminal import counted
 from . import build
 
@@ -44,6 +45,14 @@ class Kernels:
     @functools.cached_property
     def library(self) -> ctypes.CDLL:
         return build.load(self.build_library())
+
+    @functools.cached_property
+    def available(self) -> bool:
+        """Whether the library is there or can be built, for what has torch operations in its place."""
+        try:
+            return bool(self.library)
+        except UserError:
+            return False
 
     @functools.cached_property
     def entries(self) -> dict[str, Any]:

@@ -10,14 +10,12 @@ It takes (n + 2 out) in r multiplications beside the two large products, where t
 what W' has beside W (rwkv_bone/peft/rounding.py).
 """
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import UserError
 from ..cpu import INT, POINTER, SIZE, VARIANTS, Kernels
 
 WIDEST = 512  # of a piece: the products of wider ones are such as torch's are made for
@@ -38,7 +36,7 @@ def fits(x: Tensor, r: int) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and r <= WIDEST
         and x.shape[1] % r == 0
-        and available()
+        and kernels.available  # where it cannot be built, the WKV6 op says so, and --op torch has no need of it
     )
 
 
@@ -130,12 +128,3 @@ def packed(b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def call(function: str, x: Tensor, out: int, r: int, *arguments: Tensor | int) -> None:
     kernels.call(function, x.dtype == torch.bfloat16, takes_pairs(x.dtype, r), *x.shape, out, r, *arguments)
-
-
-@functools.cache
-def available() -> bool:
-    """Whether the library is there. Where it cannot be built, the WKV6 op says so, and --op torch has no need of it."""
-    try:
-        return bool(kernels.library)
-    except UserError:
-        return False
