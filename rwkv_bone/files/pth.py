@@ -1,5 +1,6 @@
 """RWKV's flat `.pth`, name -> tensor: read by memory map, read in little memory, written tensor by tensor."""
 
+import contextlib
 import ctypes
 import io
 import mmap
@@ -144,6 +145,13 @@ def give_back(tensors: Iterable[Tensor]) -> bool:
     return all(
         madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED) == 0 for first, last in ranges
     )
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system. glibc keeps what is no larger than the largest piece freed so far, and finds
+    no use for much of it: tensors are aligned, and small objects lie between them."""
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

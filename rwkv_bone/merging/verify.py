@@ -1,7 +1,7 @@
 """Whether the written file computes what base + adapters compute: on 32 tokens, in float32, stage by stage.
 
 Only one stage of one model (a block, or the head) is in memory at a time, in float32; the file's pages are given back as soon as
-they are converted.
+they are converted, and of the embedding only the tokens' rows are read.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..files.adapters import Adapter
 from ..files.models import by_parameter, file_tensors
-from ..files.pth import Streamed, give_back
+from ..files.pth import Streamed, give_back, trim
 from ..models import Execution, LanguageModel
-from ..peft.adapter import weight_and_bias
+from ..peft.adapter import row_panels, weight_and_bias
 from .merge import Merge
+
+PIECE = 16 << 20  # bytes
 
 
 class Staged:
@@ -34,20 +37,36 @@ class Staged:
     def run(self, x: Any) -> Any:
         """The next stage."""
         prefix, module, function = next(self.stages)
-        values = {name: self.tensor(prefix + name, tuple(t.shape)).float() for name, t in module.state_dict().items()}
-        module.load_state_dict(values, assign=True)
+        # of an embedding only the tokens' rows are read
+        lookup = type(module) is nn.Embedding and isinstance(x, Tensor) and not x.is_floating_point()
+        values = {name: self.value(prefix + name, tuple(t.shape)) for name, t in module.state_dict().items()}
+        module.load_state_dict(values if lookup else {name: self.widened(t) for name, t in values.items()}, assign=True)
         give_back(self.file.tensors.values())
         if self.adapter is not None:
             self.adapt(self.adapter, prefix)
-        x = function(x)
+        x = tree_map(lambda t: t.float() if lookup and isinstance(t, Tensor) else t, function(x))
         self.model.get_submodule(prefix.removesuffix(".")).to_empty(device="meta")
+        trim()
         return x
 
+    def value(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter as the file has it, or as it was trained in full."""
+        if self.adapter is not None and name in self.adapter.parts:
+            return self.adapter.tensors[name]
+        return self.tensor(name, shape)
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """The tensor in float32; of a large one the file's pages are given back piece by piece."""
+        if tensor.nbytes <= PIECE or tensor.dtype == torch.float32:
+            return tensor.float()
+        result = torch.empty(tensor.shape, dtype=torch.float32)
+        for rows in row_panels(len(tensor), max(1, PIECE * len(tensor) // tensor.nbytes)):
+            result[rows] = tensor[rows]
+            give_back(self.file.tensors.values())
+        return result
+
     def adapt(self, adapter: Adapter, prefix: str) -> None:
-        """Put the adapter's share on the stage whose parameters' names begin with `prefix`."""
-        for name in adapter.parts:
-            if name.startswith(prefix):
-                self.model.get_parameter(name).data = adapter.tensors[name].float()
+        """Put the adapter on the projections of the stage whose parameters' names begin with `prefix`."""
         for name in adapter.layers:
             if f"{name}.".startswith(prefix):
                 self.model.set_submodule(name, adapter.layer(name, *weight_and_bias(self.model, name)))
