@@ -90,9 +90,9 @@ def slurm(rank: int, ranks: int) -> dict:
 
 
 class Processes:
-    """Ranks 0, 1, ... of one run."""
+    """Ranks 0, 1, ... of one run. `before` is called in the first process, `in_each` in all, before the run."""
 
-    def __init__(self, argv: list[str], log: Path, ranks: int = 1, before=None, launcher=torchrun):
+    def __init__(self, argv: list[str], log: Path, ranks: int = 1, before=None, launcher=torchrun, in_each=None):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
@@ -103,7 +103,7 @@ class Processes:
         self.processes = []
         for rank in range(ranks):
             environment = launcher(rank, ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-            args = (argv, self.logs[rank], environment if ranks > 1 else {}, before if rank == 0 else None)
+            args = (argv, self.logs[rank], environment if ranks > 1 else {}, in_each or (before if rank == 0 else None))
             self.processes.append(context.Process(target=train, args=args))
             self.processes[-1].start()
 
@@ -141,8 +141,10 @@ def train(argv: list[str], log: Path, environment: dict, before) -> None:
     run(lambda: main(argv, deepspeed))
 
 
-def run_to_end(folder: Path, *flags, name: str, ranks: int = 1, before=None, seconds: float = 120) -> Ended:
-    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before).end(seconds)
+def run_to_end(
+    folder: Path, *flags, name: str, ranks: int = 1, before=None, seconds: float = 120, in_each=None
+) -> Ended:
+    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before, in_each=in_each).end(seconds)
 
 
 class DieAt:

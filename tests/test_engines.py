@@ -1,5 +1,6 @@
 """Two devices train as one does with the same samples a step: DDP, and DeepSpeed ZeRO 1, 2, 3, on CPUs over gloo."""
 
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,54 @@ def test_two_devices_by_the_command_line_as_users_type_it(world):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("6 steps") == 0 and done.stdout.count("model  ") == 1  # the first device alone speaks
     assert_same_run(ours, world / "typed")
+
+
+class Starts:
+    """In a process, writes down what the training would start from, and how many decompositions it took, and ends the run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self) -> None:
+        from rwkv_bone.peft import adapter_tensors
+        from rwkv_bone.training import run as training
+
+        counts = []
+        for place, name in ((torch, "svd_lowrank"), (torch.linalg, "qr")):
+            real = getattr(place, name)
+            setattr(place, name, lambda *a, real=real, **more: counts.append(1) or real(*a, **more))
+
+        def fit(model, data, objective, config, engine) -> int:
+            torch.save((adapter_tensors(model), len(counts)), self.folder / f"rank-{engine.rank}.pt")
+            return 0
+
+        training.fit = fit
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "lora_ga"])
+def test_a_start_is_computed_by_one_device_and_is_that_of_all(world, tmp_path, method):
+    """By a seed that every process draws for itself."""
+    flags = ("--peft", method, "--random_seed", -1, "--devices", 2, "--strategy", "ddp")
+    ended = run_to_end(world, *flags, name=f"start_{method}", ranks=2, in_each=Starts(tmp_path))
+    assert ended.codes == [0, 0], ended.said
+    (first, computed), (second, computed_again) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+    assert computed > 0 and computed_again == 0
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert all(t.any() for t in first.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2"])
+def test_two_devices_answer_prompts_as_one_does(world, engine):
+    """The first device asks, and the others wait for it."""
+    flags = (*DESCENT, "--sample_prompt", "1 and", "--sample_prompt", "7", "--sample_every", 2, "--epoch_count", 2)
+    one = run(world, f"asks_{engine}", *flags, "--micro_bsz", 4, ranks=1)
+    two = run(world, f"{engine}_asks", *flags, "--micro_bsz", 2, "--strategy", engine)
+    assert losses(two) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
+    answers = [json.loads(line) for line in (two / "samples.jsonl").read_text().splitlines()]
+    assert [a["step"] for a in answers[::2]] == [0, 2, 4, 6, 8, 10] and {a["prompt"] for a in answers} == {"1 and", "7"}
+    assert answers == [json.loads(line) for line in (one / "samples.jsonl").read_text().splitlines()]
+    assert len({a["text"] for a in answers}) > 2  # training changes them
 
 
 # a base in bf16 and trained parts of it: float32 masters count;  dropout: random numbers count
