@@ -9,11 +9,12 @@ import jinja2
 import pytest
 import torch
 
+from rwkv_bone.data.templates import Template
 from rwkv_bone.data.tokenizer import open_tokenizer
 from rwkv_bone.errors import UserError
 from rwkv_bone.files.adapters import save_adapter
-from rwkv_bone.files.models import load_model
-from rwkv_bone.files.pth import open_tensors, save_tensors
+from rwkv_bone.files.models import about_record, load_model
+from rwkv_bone.files.pth import layout_of, open_tensors, save_tensors, write_pth
 from rwkv_bone.merging.command import main
 from rwkv_bone.models import MODELS
 from rwkv_bone.peft import METHODS, adapter_tensors, inject
@@ -142,6 +143,31 @@ def test_worlds_vocabulary_is_written_whole_and_its_blank_line_ends_an_answer_of
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
     text = template.render(messages=messages, add_generation_prompt=True)
     assert text == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+
+
+OWN = """\
+{% for m in messages -%}
+<{{ m.role }}> {%- if m.role == "assistant" %}{% generation %} {{ m.content | no_blank_lines }};{% endgeneration %}
+{%- else %} {{ m.content }}{% endif %}
+{% endfor -%}
+{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"), [(OWN, "<user> Hi<assistant>"), ("{{ messages[0].content }}", "User: Hi\n\nAssistant:")]
+)
+def test_a_template_of_ones_own_goes_into_the_file_if_it_can_ask(make_model, tmp_path, source, asked):
+    records = about_record({"template": Template("mine.jinja", source).identity()})
+    tensors = make_model(dtype=torch.bfloat16, **SIZES).state_dict()
+    write_pth(tmp_path / "base.pth", layout_of(tensors), tensors.items(), records)
+    assert run("--base_model", tmp_path / "base.pth", "--output", tmp_path / "base.gguf") == 0
+    written = gguf.GGUFReader(tmp_path / "base.gguf").fields["tokenizer.chat_template"].contents()
+    theirs = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(written)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert theirs.render(messages=messages, add_generation_prompt=True) == asked
+    if source == OWN:
+        talk = [*messages, {"role": "assistant", "content": "Ho"}]
+        assert theirs.render(messages=talk) == "".join(text for text, _ in Template("mine.jinja", source).segments(talk))
 
 
 @pytest.mark.parametrize(("sizes", "flags", "message"), [

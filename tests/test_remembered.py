@@ -57,7 +57,7 @@ def world(request, tmp_path_factory):
 ASK = ("--instruct", "--prompt", "ab 1", "--max_tokens", 8, "--temperature", 0, "--device", "cpu")
 
 
-@pytest.mark.parametrize("what", ["adapter", "merged", "whole", "merged again"])
+@pytest.mark.parametrize("what", ["adapter", "merged", "whole", "merged again", "web-rwkv's"])
 def test_what_was_trained_is_asked_without_a_flag_of_its_training(world, what, tmp_path):
     folder, flags = world
     files = {
@@ -65,9 +65,12 @@ def test_what_was_trained_is_asked_without_a_flag_of_its_training(world, what, t
         "merged": ("--model", folder / "tuned.pth"),
         "whole": ("--model", folder / "whole/rwkv-0.pth"),
         "merged again": ("--model", tmp_path / "fp32.pth"),
+        "web-rwkv's": ("--model", tmp_path / "tuned.st"),
     }[what]
     if what == "merged again":  # only the dtype changes
         run(merge, "--base_model", folder / "tuned.pth", "--dtype", "fp32", "--output", tmp_path / "fp32.pth")
+    if what == "web-rwkv's":
+        run(merge, "--base_model", folder / "tuned.pth", "--output", tmp_path / "tuned.st")
     told = run(generate, *files, *ASK, *flags, "--template", folder / "mine.jinja")
     assert run(generate, *files, *ASK) == told
     measured = [run(evaluate, "loss", *files, "--data", folder / "rows.jsonl", "--out", tmp_path / f"{len(more)}.jsonl", *more)

@@ -18,9 +18,9 @@ from ..interop.web_rwkv import from_web
 from ..models import MODELS, USUAL, Execution, LanguageModel, recognise
 from .folder import Folder, as_folder, is_folder, open_folder, own_text
 from .pth import FLOATS, check_file, open_tensors
-from .safetensors import is_safetensors
+from .safetensors import is_safetensors, open_safetensors
 
-ABOUT = "rwkv_bone_model.json"  # a record in a model's .pth, which torch.load passes over
+ABOUT = "rwkv_bone_model.json"  # a record in a model's .pth, which torch.load passes over; an entry of a safetensors' metadata
 
 
 class Opened(NamedTuple):
@@ -113,18 +113,22 @@ def load_model(
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """What a model's .pth that we wrote says of itself: the `tokenizer` and `template` of its training. {} for others' files."""
+    """What a model's file that we wrote says of itself: the `tokenizer` and `template` of its training. {} for others' files."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.rpartition("/")[2] == ABOUT]
-            about = json.loads(archive.read(names[0])) if names else {}
-    except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
+        if os.path.isfile(path) and is_safetensors(path):
+            text: str | bytes = open_safetensors(path)[1].get(ABOUT, "{}")
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.rpartition("/")[2] == ABOUT]
+                text = archive.read(names[0]) if names else "{}"
+        about = json.loads(text)
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, zipfile.BadZipFile):
         return {}
     return about if isinstance(about, dict) else {}
 
 
 def about_record(info: Mapping[str, Any]) -> dict[str, bytes]:
-    """The record that `read_about` reads, for `write_pth`, of what an adapter or a model says of itself."""
+    """The record that `read_about` reads, by its name, of what an adapter or a model says of itself."""
     about = {key: info[key] for key in ("tokenizer", "template") if key in info}
     return {ABOUT: json.dumps({"rwkv_bone": __version__, **about}, indent=1).encode()} if about else {}
 

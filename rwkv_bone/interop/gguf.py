@@ -5,6 +5,7 @@ tensors, the metadata and the vocabulary; the `gguf` package writes them, one te
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -44,18 +45,37 @@ def package() -> ModuleType:
     return gguf
 
 
+def chat_template(trained_with: Any) -> str:
+    """The template of a record, without what llama.cpp does not know, if it is the user's own and can ask; or RWKV's."""
+    source = trained_with.get("source") if isinstance(trained_with, dict) else None
+    if not isinstance(source, str) or "add_generation_prompt" not in source:
+        return CHAT_TEMPLATE
+    source = re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", source)
+    return re.sub(r"\|\s*no_blank_lines\b", "| trim", source)
+
+
 class Plan:
     """The tensors of a model's GGUF file: `tensors` there, each with its shape and type, and `dtypes` in which parameters come.
 
     type: one of `TYPES`. As in llama.cpp's converter, vectors and some small matrices are float32 in every file, and a matrix
     whose rows Q8_0 cannot cut into blocks is float16. vocabulary: the bytes of each token from 1 on, None where an id has none;
-    token 0 begins and ends documents. UserError, naming `source`, for a model that llama.cpp does not have.
+    token 0 begins and ends documents. template: of the training, as a record has it (`Template.identity`). UserError, naming
+    `source`, for a model that llama.cpp does not have.
     """
 
-    def __init__(self, kind: type[LanguageModel], sizes: Any, type: str, vocabulary: Sequence[bytes | None], source: str):
+    def __init__(
+        self,
+        kind: type[LanguageModel],
+        sizes: Any,
+        type: str,
+        vocabulary: Sequence[bytes | None],
+        source: str,
+        template: Any = None,
+    ):
         if not kind.gguf_architecture:
             raise UserError(f"{source}: llama.cpp has no {kind.title} that could be written as GGUF; write a .pth")
         self.kind, self.type, self.vocabulary = kind, type, vocabulary
+        self.chat_template = chat_template(template)
         self.metadata = kind.gguf_metadata(sizes, source)
         self.shapes = kind.shapes(sizes)
         self.tensors: list[tuple[GGUFTensor, tuple[int, ...], str]] = []
@@ -145,4 +165,4 @@ def add_vocabulary(gguf: ModuleType, writer: Any, plan: Plan) -> None:
     writer.add_eos_token_id(0)
     if plan.kind.template == "world" and BLANK_LINE in plan.vocabulary:
         writer.add_eot_token_id(plan.vocabulary.index(BLANK_LINE) + 1)  # G1's answers may hold blank lines, World's end at one
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(plan.chat_template)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ def web_names(job: Merge) -> WebNames:
     return job.kind.web_names
 
 
+def about(job: Merge) -> dict[str, Any]:
+    """What the written model says of its training: what the last adapter does, or else its base."""
+    said = read_about(job.base_path)
+    for adapter in job.adapters:
+        said |= adapter.info
+    return said
+
+
 def gguf_plan(job: Merge, type: str) -> gguf.Plan:
     """The plan of a GGUF file; the job's layout becomes what it asks for."""
     gguf.package()
@@ -39,23 +48,22 @@ def gguf_plan(job: Merge, type: str) -> gguf.Plan:
     vocabulary = open_tokenizer("auto", job.sizes.vocab_size).vocabulary()
     if job.initial_state:
         raise UserError("--format gguf: llama.cpp has no place for a trained initial state; write a .pth")
-    plan = gguf.Plan(job.kind, job.sizes, type, vocabulary, str(job.base_path))
+    plan = gguf.Plan(job.kind, job.sizes, type, vocabulary, str(job.base_path), about(job).get("template"))
     job.layout = {name: (plan.dtypes.get(job.parameter[name], dtype), shape) for name, (dtype, shape) in job.layout.items()}
     return plan
 
 
 def write_tensors(job: Merge, path: Path, format: str, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Tensors under the names of a .pth, as one of `FORMATS`. A .pth keeps what tokenizer and template it was trained with."""
+    """Tensors under the names of a .pth, as one of `FORMATS`, with the tokenizer and the template of the training."""
+    records = about_record(about(job))
     if format == "pth":
-        about = read_about(job.base_path)
-        for adapter in job.adapters:
-            about |= adapter.info
-        write_pth(path, layout, tensors, about_record(about))
+        write_pth(path, layout, tensors, records)
         return
     web = web_names(job)
     theirs = {web_rwkv.web_name(web, n): (dtype, web_rwkv.web_shape(web, n, shape)) for n, (dtype, shape) in layout.items()}
     with atomic(path) as file:
-        write_safetensors(file, theirs, ((web_rwkv.web_name(web, n), web_rwkv.web_tensor(web, n, t)) for n, t in tensors))
+        renamed = ((web_rwkv.web_name(web, n), web_rwkv.web_tensor(web, n, t)) for n, t in tensors)
+        write_safetensors(file, theirs, renamed, {name: text.decode() for name, text in records.items()})
 
 
 def write_model(job: Merge, path: Path, format: str, plan: gguf.Plan | None = None) -> None:
