@@ -357,6 +357,7 @@ def test_one_rate_for_all_state_tuning_forgetting_and_what_was_trained(world, tm
         ({"methods": {"bnoe": {}}}, "bnoe is no method"),
         ({"methods": {"none": {"r": 3}}}, "has no option r"),
         ({"methods": {"state": {"r": 3}}}, "has no option r"),
+        ({"methods": {"state": {}}, "dataload": "pack"}, "--train_type state: where rows are packed"),
         ({"one_rate": -1}, "one_rate must be a rate, or 0"),
         ({"general": 3}, "general must be the name of data"),
         ({"methods": {"bone": {"r": 4, "alpha": 2.0}}}, "no option alpha"),

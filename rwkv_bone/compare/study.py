@@ -67,6 +67,8 @@ class Study:
         self.general = self.open_other(comparison.general, shared, model) if comparison.general else None
         self.held_out_ids = range(0, len(self.held_out), comparison.held_out_every)[: comparison.held_out_documents]
         self.epochs = self.count_epochs(shared)
+        for entry in self.entries:  # refuses flags that a method does not go with, before the first run
+            comparison.config(Run(entry, entry.lrs[0], comparison.seeds[0]), self.epochs)
         self.of_all = {"base": model.fingerprint, "data": identity(self.documents), "held_out": identity(self.held_out),
                        "held_out_documents": comparison.held_out_documents}  # fmt: skip
         if comparison.held_out_every != 1:
