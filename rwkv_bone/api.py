@@ -149,7 +149,7 @@ def inject(
     - `options`: those of the method: `r=64`, `alpha=32`, ...
 
     Returns the names of the layers that have an adapter. The adapter's tensors are float32; they and `train_parts` alone require
-    a gradient, so an optimizer takes `[p for p in model.parameters() if p.requires_grad]`. Raises UserError for an unknown
+    a gradient, so an optimiser takes `[p for p in model.parameters() if p.requires_grad]`. Raises UserError for an unknown
     method, option or part, and for an `r` that does not divide a layer's size where the method needs that.
 
     >>> from torch import nn
@@ -230,7 +230,7 @@ def train(
     - `verbose`: print what train.py prints
     - `flags`: those of train.py by name: `lr_init=1e-4, epoch_count=3, micro_bsz=8, ctx_len=1024, resume="auto", ...`
 
-    Returns the loss of each optimizer step: mean cross entropy over the trained tokens, in nats. Raises UserError for rows that
+    Returns the loss of each optimiser step: mean cross entropy over the trained tokens, in nats. Raises UserError for rows that
     cannot be read and flags that do not exist, and where `proj_dir` holds a run already (`overwrite=True`, or `resume="auto"`);
     KeyboardInterrupt after Ctrl-C, when all is saved.
 

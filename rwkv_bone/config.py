@@ -117,7 +117,7 @@ class TrainConfig:
     warmup_steps: int = flag(0, "training", "first steps, in which the rate rises from a fifth")
     layerwise_lr: int = flag(1, "training", "1: the model's own multiples of the rate (RWKV: the decay's is doubled)")
     objective: str = flag("text", "training", "what is trained for; text: the next token")
-    optim: str = flag("adamw", "training", "optimizer")
+    optim: str = flag("adamw", "training", "optimiser")
     beta1: float = flag(0.9, "training", "Adam")
     beta2: float = flag(0.99, "training", "Adam")
     adam_eps: float = flag(1e-8, "training", "Adam")

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from rwkv_bone.files.pth import open_tensors, save_tensors
 from tests.conftest import small_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOAD = ["tests.cpu_deepspeed", "deepspeed", "rwkv_bone.training.run", "lightning.fabric", "torch._dynamo"]
+PRELOAD = ["tests.runs", "tests.cpu_deepspeed", "deepspeed", "rwkv_bone.training.run", "rwkv_bone.api", "lightning.fabric",
+           "torch._dynamo", "matplotlib.figure"]  # fmt: skip
 
 
 def make_world(folder: Path, rows: int = 24, version: str = "x070") -> Path:
@@ -89,13 +91,40 @@ def slurm(rank: int, ranks: int) -> dict:
     return {"SLURM_NTASKS": ranks, "SLURM_NTASKS_PER_NODE": ranks, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, **job}
 
 
-class Processes:
-    """Ranks 0, 1, ... of one run. `before` is called in the first process, `in_each` in all, before the run."""
+def server():
+    """Makes processes that have imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
+    return context
 
-    def __init__(self, argv: list[str], log: Path, ranks: int = 1, before=None, launcher=torchrun, in_each=None):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
+
+def waited(process, seconds: float, said: Callable[[], str] = str) -> int:
+    """The code with which a process ends; an AssertionError if it does not in time."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"a process did not end in {seconds} s; it said:\n" + said())
+    return process.exitcode
+
+
+def redirect(out, into=os.devnull) -> None:
+    """What this process says from now on goes into the file `out`, and it reads the file `into`."""
+    for number, file in enumerate((open(into), out, out)):  # noqa: SIM115
+        os.dup2(file.fileno(), number)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, "rww"[n], buffering=1, closefd=False) for n in range(3))  # noqa: SIM115
+
+
+class Processes:
+    """Ranks 0, 1, ... of one run. `before` is called in the first process, `in_each` in all, before the run.
+
+    picture: draw it at the end, which takes as long as all else.
+    """
+
+    def __init__(
+        self, argv: list[str], log: Path, ranks: int = 1, before=None, launcher=torchrun, in_each=None, picture: bool = False
+    ):
+        context = server()
         self.logs = [log.with_suffix(f".{rank}.log") for rank in range(ranks)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -103,7 +132,8 @@ class Processes:
         self.processes = []
         for rank in range(ranks):
             environment = launcher(rank, ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-            args = (argv, self.logs[rank], environment if ranks > 1 else {}, in_each or (before if rank == 0 else None))
+            first = in_each or (before if rank == 0 else None)
+            args = (argv, self.logs[rank], environment if ranks > 1 else {}, first, picture)
             self.processes.append(context.Process(target=train, args=args))
             self.processes[-1].start()
 
@@ -112,39 +142,34 @@ class Processes:
             os.kill(self.processes[rank].pid, number)
 
     def end(self, seconds: float = 120) -> Ended:
-        for process in self.processes:
-            process.join(seconds)
-            if process.is_alive():
-                process.kill()
-                raise AssertionError(f"a process did not end in {seconds} s; it said:\n" + self.said())
-        return Ended([process.exitcode for process in self.processes], self.said())
+        return Ended([waited(process, seconds, self.said) for process in self.processes], self.said())
 
     def said(self) -> str:
         return "".join(log.read_text() for log in self.logs if log.exists())
 
 
-def train(argv: list[str], log: Path, environment: dict, before) -> None:
+def train(argv: list[str], log: Path, environment: dict, before, picture: bool) -> None:
     """The body of one process."""
     from rwkv_bone.errors import run
+    from rwkv_bone.training import summary
     from rwkv_bone.training.run import main
 
     os.environ.update({name: str(value) for name, value in environment.items()})
     deepspeed = None
     if any("deepspeed" in word for word in argv):
         from tests.cpu_deepspeed import CpuDeepSpeed as deepspeed
+    if not picture:
+        summary.draw = lambda folder: False
     torch.set_num_threads(1)
     with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        redirect(file)
     if before is not None:
         before()
     run(lambda: main(argv, deepspeed))
 
 
-def run_to_end(
-    folder: Path, *flags, name: str, ranks: int = 1, before=None, seconds: float = 120, in_each=None
-) -> Ended:
-    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before, in_each=in_each).end(seconds)
+def run_to_end(folder: Path, *flags, name: str, ranks: int = 1, before=None, seconds: float = 120, **more) -> Ended:
+    return Processes(arguments(folder, *flags, name=name), folder / name, ranks, before, **more).end(seconds)
 
 
 class DieAt:
@@ -163,27 +188,20 @@ class DieAt:
         sys.addaudithook(hook)
 
 
-def program(words: list[str], folder: Path, stdin: str = "") -> tuple[int, str]:
+def program(words: list, folder: Path, stdin: str = "") -> tuple[int, str]:
     """`python WORDS...` in `folder`, without the seconds that importing takes: its exit code and what it says."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    os.environ["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as talk:
-        (Path(talk) / "in").write_text(stdin)
-        process = context.Process(target=run_program, args=(list(map(str, words)), folder, Path(talk)))
+        asked, said = Path(talk) / "in", Path(talk) / "out"
+        asked.write_text(stdin)
+        process = server().Process(target=run_program, args=(list(map(str, words)), folder, asked, said))
         process.start()
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-        return process.exitcode, (Path(talk) / "out").read_text()
+        return waited(process, 300), said.read_text()
 
 
-def run_program(words: list[str], folder: Path, talk: Path) -> None:
+def run_program(words: list[str], folder: Path, asked: Path, said: Path) -> None:
     """The body of that process."""
-    for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY | os.O_CREAT)):
-        os.dup2(os.open(talk / ("in", "out")[number], flags), number)
-    os.dup2(1, 2)
-    sys.stdin = open(0)  # noqa: SIM115
+    with open(said, "w") as file:
+        redirect(file, into=asked)
     os.chdir(folder)
     torch.set_num_threads(1)
     if words[0] == "-m":
@@ -195,21 +213,10 @@ def run_program(words: list[str], folder: Path, talk: Path) -> None:
 
 
 def forked(work) -> SimpleNamespace:
-    """`work()` in a copy of this process: its returncode (negative for the signal that killed it), stdout and stderr."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-
-        def body() -> None:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
-            work()
-
-        process = multiprocessing.get_context("fork").Process(target=body)
+    """`work()` in a copy of this process: its returncode (negative for the signal that killed it) and stdout."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = multiprocessing.get_context("fork").Process(target=lambda: (redirect(out), work()))
         process.start()
-        process.join(120)
-        if process.is_alive():  # a thread that the copy does not have, and that something waits for
-            process.kill()
-            raise AssertionError("the copy of this process did not end in 120 s")
+        code = waited(process, 120)  # it may wait for a thread that the copy does not have
         out.seek(0)
-        err.seek(0)
-        return SimpleNamespace(returncode=process.exitcode, stdout=out.read(), stderr=err.read())
+        return SimpleNamespace(returncode=code, stdout=out.read())

@@ -2,29 +2,22 @@
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_model
 
-from rwkv_bone.__main__ import COMMANDS as COMMANDS_OF_PROGRAM
-from rwkv_bone.__main__ import main as program_main
 from rwkv_bone.config import TrainConfig, make_parser
-from rwkv_bone.errors import run
 from rwkv_bone.files.known import KNOWN
 from rwkv_bone.files.pth import save_tensors
 from rwkv_bone.peft import METHODS, inject, merge
 from rwkv_bone.training import memory
-from tests.runs import make_world
+from tests.runs import make_world, program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,55 +63,26 @@ def reason(command: str) -> str | None:
     return next((begin for begin in NOT_HERE if command.startswith(begin)), None)
 
 
-COMMAND_OF = {module.removesuffix(".command").removesuffix(".run"): name for name, (module, _) in COMMANDS_OF_PROGRAM.items()}
-
-
 def run_command(command: str, folder: Path) -> str:
     """Run a command as it stands in a process that begins in a tenth of a second; what it says.
 
     "..." becomes a model and data. What needs a model of billions of parameters, or several devices, ends with --dry_run.
     """
-    program, *words = shlex.split(command, comments=True)
-    if program == "python" and words[0] == "-m":
-        _, module, *words = words
-        path = ROOT / module.replace(".", "/")
-        assert (path / "__main__.py").exists() or "__main__" in path.with_suffix(".py").read_text(), module
-        words = [COMMAND_OF[module], *words]
-    elif program == "python":
-        assert words[0] in ("train.py", "merge.py"), command
-        words[0] = words[0].removesuffix(".py")
-    else:
-        assert program == "rwkv-bone", command
+    name, *words = shlex.split(command, comments=True)
+    assert name in ("python", "rwkv-bone"), command
+    script = words[0].removesuffix(".py")
     usual = {"train": ["--load_model", "base.pth", "--data_file", "mine.jsonl", "--r", "8"],
              "merge": ["--base_model", "base.pth", "--peft_checkpoint", "out/mine/rwkv-0.pth"]}  # fmt: skip
-    words = [word for w in words for word in (usual[words[0]] if w == "..." else [w])]
+    words = [word for w in words for word in (usual[script] if w == "..." else [w])]
+    if name == "rwkv-bone":
+        words = ["-m", "rwkv_bone", *words]
+    elif words[0] != "-m":
+        words[0] = str(ROOT / words[0])
     if "--devices" in words or re.search(r"\bg1-[\d.]+b.pth", command):
         words.append("--dry_run")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rwkv_bone.training.run", "rwkv_bone.api", "matplotlib.pyplot", "torch._dynamo"])
-    os.environ["PYTHONPATH"] = str(ROOT)  # the server does not take sys.path
-    log = folder / "said.log"
-    process = context.Process(target=body, args=(words, folder, log))
-    process.start()
-    process.join(300)
-    said = log.read_text()
-    log.unlink()
-    assert process.exitcode == 0, command + said
+    code, said = program(words, folder, "hello\n")
+    assert code == 0, command + said
     return said
-
-
-def body(argv: list[str], folder: Path, log: Path) -> None:
-    """Of the process: the program `rwkv-bone` with these words, whose input is a line."""
-    os.chdir(folder)
-    with open(log, "w") as file, tempfile.TemporaryFile() as answer:
-        answer.write(b"hello\n")
-        answer.seek(0)
-        for source, stream in ((answer, 0), (file, 1), (file, 2)):
-            os.dup2(source.fileno(), stream)
-    sys.stdin = open(0)  # noqa: SIM115 (to the end of the process)
-    sys.argv = ["rwkv-bone", *argv]
-    torch.set_num_threads(1)
-    run(program_main)
 
 
 def run_page(name: str, folder: Path) -> int:

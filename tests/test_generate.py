@@ -20,7 +20,7 @@ from rwkv_bone.files.adapters import save_adapter
 from rwkv_bone.files.models import load_model
 from rwkv_bone.files.pth import open_tensors, save_tensors
 from rwkv_bone.generate import GREEDY, Conversation, Sampling, completions, generate, read, sample, sampling
-from rwkv_bone.generate.command import main
+from rwkv_bone.generate.command import main, shower
 from rwkv_bone.models.rwkv import LayerState
 from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
 from tests.independent import rwkv_package_generate
@@ -376,7 +376,7 @@ def test_prompts_of_a_file_are_continued_in_order(model_file, float_model, tmp_p
     (tmp_path / "p.txt").write_text("\n".join(prompts))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     asked = [f"User: {prompt}\n\nAssistant:" for prompt in prompts for _ in range(2)]
-    expected = [c.text for c in generate(float_model, BYTES, asked, max_tokens=9, stop=("\n\nUser:", "e"))]
+    expected = [c.text.lstrip() for c in generate(float_model, BYTES, asked, max_tokens=9, stop=("\n\nUser:", "e"))]
     for file in ("p.txt", "p.jsonl"):
         out = tmp_path / "out.jsonl"
         main(
@@ -390,6 +390,14 @@ def test_prompts_of_a_file_are_continued_in_order(model_file, float_model, tmp_p
     main(["--model", model_file, "--prompt", "a", "--prompt", "b", "--max_tokens", "3"])
     out = capsys.readouterr().out
     assert out.index("--- 1 of 2: a\n") < out.index("--- 2 of 2: b\n")
+
+
+def test_an_answer_is_shown_without_the_space_before_it(capsys):
+    for strip, shown in ((True, "an  answer"), (False, "  an  answer")):
+        show = shower(strip)
+        for piece in (" ", " an", "  ", "answer"):
+            show(0, piece)
+        assert capsys.readouterr().out == shown
 
 
 def test_an_adapter_is_merged_before_sampling(model_file, float_model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Another objective and other optimizers are one registered entry each: the run, its logs, resume and files need no change."""
+"""Another objective and other optimisers are one registered entry each: the run, its logs, resume and files need no change."""
 
 import json
 from pathlib import Path
@@ -148,7 +148,7 @@ def test_what_an_objective_does_not_have_is_refused(world):
     assert not (world / "refused").exists()
 
 
-# ---------------------------------------------------------------- optimizers
+# ---------------------------------------------------------------- optimisers
 
 OTHERS = {  # entry, learning rate for an adapter; Adafactor's is relative to a tensor's size, and Bone begins at 0
     "sgd": (Entry(lambda groups, config: torch.optim.SGD(groups, lr=config.lr_init, momentum=0.9), 4), 1.0),
@@ -165,7 +165,7 @@ def others(monkeypatch):
 @pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("more", [(), ("--peft", "none", "--precision", "bf16")], ids=["bone", "full"])
-def test_another_optimizer_trains(world, name, more):
+def test_another_optimiser_trains(world, name, more):
     rate = OTHERS[name][1] / (20 if more else 1)
     out = train(world, "--optim", name, "--lr_init", rate, "--epoch_count", 4, *more, name=f"{name}-{len(more)}")
     losses = [line["loss"] for line in lines(out)]
@@ -173,7 +173,7 @@ def test_another_optimizer_trains(world, name, more):
 
 
 @pytest.mark.usefixtures("others")
-def test_another_optimizer_is_resumed_bitwise_masters_too(world):
+def test_another_optimiser_is_resumed_bitwise_masters_too(world):
     more = ("--optim", "sgd", "--peft", "none", "--precision", "bf16", "--lr_init", 0.1)
     whole = train(world, *more, name="sgd-unbroken")
     broken = train(world, *more, "--save_every_steps", 1, "--keep_last", 9, name="sgd-broken")
@@ -183,7 +183,7 @@ def test_another_optimizer_is_resumed_bitwise_masters_too(world):
 
 
 @pytest.mark.usefixtures("others")
-def test_steps_of_another_optimizer_below_the_resolution_of_bf16_are_not_lost(world, monkeypatch):
+def test_steps_of_another_optimiser_below_the_resolution_of_bf16_are_not_lost(world, monkeypatch):
     """The same run in bf16 alone leaves most weights where they were."""
     more = ("--optim", "sgd", "--peft", "none", "--precision", "bf16", "--lr_init", 3e-4, "--epoch_count", 4, "--grad_clip", 0)
     base = open_tensors(world / "base.pth")

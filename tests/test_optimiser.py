@@ -44,7 +44,7 @@ def test_wsd_is_stable_then_falls_in_the_last_fifth():
     assert rates[89] == pytest.approx(5.5e-3)
 
 
-def test_the_schedule_runs_over_optimizer_steps_also_where_micro_batches_are_accumulated(world):
+def test_the_schedule_runs_over_optimiser_steps_also_where_micro_batches_are_accumulated(world):
     flags = ("--lr_init", 1e-2, "--lr_final", 1e-4, "--warmup_steps", 3)
     more = ("--micro_bsz", 2, "--accumulate_grad_batches", 5, "--epoch_count", 2)
     assert run_to_end(world, *flags, *more, name="accumulated").codes == [0]

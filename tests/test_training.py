@@ -46,7 +46,7 @@ def train(folder: Path, *flags, name: str = "run", **more) -> str:
 
 @pytest.fixture(scope="module")
 def finished(world):
-    return train(world, "--epoch_count", 3)
+    return train(world, "--epoch_count", 3, picture=True)
 
 
 def test_before_the_first_step_all_that_matters_is_printed(world, finished):
@@ -250,7 +250,7 @@ def test_a_step_without_a_trained_token_has_no_loss_and_spoils_no_mean(world, tm
     rows = [{"question": "q" * (90 if i in (0, 3) else 3), "answer": f"{i} it is"} for i in range(6)]
     (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--micro_bsz", 1, "--data_shuffle", 0, "--tensorboard", 1, "--lr_init", 0]
-    out = train(world, "--data_file", tmp_path / "late.jsonl", *flags, name="late")
+    out = train(world, "--data_file", tmp_path / "late.jsonl", *flags, name="late", picture=True)
     assert "2 samples with no trained token" in out
     lines = [json.loads(line) for line in (world / "late" / "loss_data.jsonl").read_text().splitlines()]
     assert [line["loss"] is None for line in lines] == [True, False, False, True, False, False]

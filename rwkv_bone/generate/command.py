@@ -11,8 +11,8 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,19 +220,20 @@ def main(argv: list[str] | None = None) -> None:
             chat(model, tokenizer, template, sampling, args.max_tokens, args.seed, args.system)
             return
         asked = [prompt for prompt in prompts for _ in range(args.samples)]
-        stop = tuple(args.stop)
+        stop, texts = tuple(args.stop), list[Any](asked)
         if args.instruct:
             stop += template.stops
-        texts: list[Any] = [*asked]
-        if args.instruct:
             texts = [template.prompt(as_messages(prompt, args.system, args.input)) for prompt in asked]
             if template.whole:  # it has written the beginning of the document
                 texts = [tokenizer.encode(text) for text in texts]
+        alone = len(asked) == 1 and not args.out
         each = completions(
             model, tokenizer, texts, sampling, args.max_tokens, stop, args.seed, args.batch_size,
-            on_text=show if len(asked) == 1 and not args.out else None,
+            on_text=shower(args.instruct) if alone else None,
         )  # fmt: skip
-        if len(asked) == 1 and not args.out:
+        if args.instruct:  # the space after "Assistant:" is the template's
+            each = (replace(completion, text=completion.text.lstrip()) for completion in each)
+        if alone:
             list(each)
             print()
         elif args.out:
@@ -241,8 +242,17 @@ def main(argv: list[str] | None = None) -> None:
             print_in_order(asked, each)
 
 
-def show(index: int, piece: str) -> None:
-    print(piece, end="", flush=True)
+def shower(strip: bool) -> Callable[[int, str], None]:
+    """Prints each piece as it comes; `strip`: without the space before the first word."""
+    begun = not strip
+
+    def show(index: int, piece: str) -> None:
+        nonlocal begun
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        print(piece, end="", flush=True)
+
+    return show
 
 
 def print_in_order(prompts: list[str], each: Iterator[Completion]) -> None:

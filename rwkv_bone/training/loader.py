@@ -164,7 +164,7 @@ class TrainingData:
         return -(-per_device // self.config.micro_bsz)
 
     def steps_per_epoch(self, world: int) -> int:
-        """Optimizer steps that an epoch takes on `world` devices."""
+        """Optimiser steps that an epoch takes on `world` devices."""
         c = self.config
         steps = -(-self.micro_batches_per_epoch(world) // c.accumulate_grad_batches)
         return c.epoch_steps if c.repeat_data and c.epoch_steps else min(steps, c.epoch_steps or steps)

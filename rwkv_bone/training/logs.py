@@ -28,7 +28,7 @@ COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "trained", "tokens", "val
 
 
 class StepRecord(NamedTuple):
-    """What one optimizer step did, over all devices."""
+    """What one optimiser step did, over all devices."""
 
     step: int  # from 1
     epoch: int

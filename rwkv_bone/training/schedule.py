@@ -7,7 +7,7 @@ WSD_DECAY = 0.2  # share of the run in which wsd comes down
 
 
 def learning_rate(step: int, steps: int, schedule: str, lr_init: float, lr_final: float, warmup_steps: int = 0) -> float:
-    """The rate of optimizer step s = `step`, 0 <= s < S = `steps`, with W = `warmup_steps`.
+    """The rate of optimiser step s = `step`, 0 <= s < S = `steps`, with W = `warmup_steps`.
 
     exp         RWKV-LM's: lr_init (lr_final / lr_init)^p with p = clip((s - W + 1) / (S - W), 0, 1); linear where either is 0
     linear      lr_init + (lr_final - lr_init) p
