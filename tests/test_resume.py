@@ -13,7 +13,7 @@ import pytest
 
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.errors import UserError
-from rwkv_bone.training import loop, resume
+from rwkv_bone.training import resume, signals
 from rwkv_bone.training.outputs import RunFolder
 from rwkv_bone.training.resume import load_state
 from tests.runs import DieAt, Processes, arguments, assert_same_run, losses, make_world, run_to_end, slurm, torchrun
@@ -157,22 +157,19 @@ def test_a_signal_saves_this_step_and_ends_with_its_code(world, request, number,
 @pytest.mark.parametrize(("launcher", "echo"), [(None, 0.1), ("LOCAL_RANK", 1)])
 def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_echo_of_the_first(launcher, echo, monkeypatch, capsys):
     now = [100.0]
-    for name in loop.LAUNCHERS:
+    for name in signals.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     if launcher:
         monkeypatch.setenv(launcher, "0")
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    signals = loop.Signals()
-    try:
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with signals.Signals() as received:
         for later in (0, echo):
             now[0] += later
             signal.raise_signal(signal.SIGINT)
-        assert signals.received == signal.SIGINT and "saving" in capsys.readouterr().out
+        assert received.received == signal.SIGINT and "saving" in capsys.readouterr().out
         now[0] += 1.5 * echo + 0.1
         with pytest.raises(SystemExit) as ended:
             signal.raise_signal(signal.SIGINT)
-    finally:
-        signals.restore()
     assert ended.value.code == 130 and "without saving" in capsys.readouterr().out
 
 

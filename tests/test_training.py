@@ -289,7 +289,7 @@ def test_a_run_that_meets_no_trained_token_is_refused_before_its_first_step(worl
 def test_a_seed_drawn_for_the_run_is_asked_too_whether_anything_is_trained(world, tmp_path, drawn, monkeypatch):
     rows = [{"question": "q" * (3 if i == 3 else 90), "answer": f"{i} it is"} for i in range(6)]
     (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("rwkv_bone.training.loop.secrets.randbelow", lambda n: drawn)
+    monkeypatch.setattr("secrets.randbelow", lambda n: drawn)
     flags = ["--data_file", tmp_path / "cut.jsonl", "--micro_bsz", 1, "--epoch_steps", 2, "--random_seed", -1]
     argv = arguments(world, *flags, name=f"drawn{drawn}")
     if 3 in BatchSampler(6, 1, seed=drawn).order(0)[:2]:

@@ -187,6 +187,58 @@ class Row:
         return Completion(self.index, text, tokens, reason)
 
 
+class Batch:
+    """Rows that are sampled together: their logits, their state, and for penalties what each has said."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling):
+        self.model, self.tokenizer, self.sampling = model.for_sampling(), tokenizer, sampling
+        self.rows: list[Row] = []
+        self.logits = torch.empty(0, model.sizes.vocab_size, device=model.device)
+        self.state: State = []
+        counted = model.sizes.vocab_size if sampling.penalises else 0
+        self.said = self.logits.new_zeros(2, 0, counted)  # per row and token: sampled before, and the count
+        self.uncounted: dict[int, bool] = {}
+
+    def add(self, new: list[Row], state: State) -> None:
+        """Read the prompts of more rows, which begin at `state`."""
+        logits, state = read(self.model, [row.prompt for row in new], state)
+        if logits.isnan().any():
+            raise UserError("the model's output is not a number: the weights are damaged, or the training diverged")
+        self.logits = torch.cat([self.logits, logits]) if self.rows else logits
+        self.state = join([self.state, state]) if self.rows else state
+        self.said = torch.cat([self.said, self.said.new_zeros(2, len(new), self.said.shape[-1])], 1)
+        self.rows += new
+
+    def step(self) -> list[Completion]:
+        """One more token of each row; the rows that are done with it leave."""
+        logits = self.logits
+        if self.sampling.penalises:
+            logits = logits.float() - self.sampling.alpha_presence * self.said[0] - self.sampling.alpha_frequency * self.said[1]
+        chosen = sample(logits, self.sampling, [row.random.random() for row in self.rows])
+        tokens = chosen.tolist()
+        done = [row.push(token) for row, token in zip(self.rows, tokens)]
+        if self.sampling.penalises:
+            self.count(tokens, chosen)
+        if any(done):
+            kept = [i for i, completion in enumerate(done) if not completion]
+            self.rows = [self.rows[i] for i in kept]
+            places = torch.tensor(kept, dtype=torch.int64, device=chosen.device)
+            chosen, self.state, self.said = chosen[places], select(self.state, places), self.said[:, places]
+        if self.rows:
+            self.logits, self.state = step(self.model, chosen, self.state)
+        return [completion for completion in done if completion]
+
+    def count(self, tokens: list[int], chosen: Tensor) -> None:
+        """Note what each row said."""
+        for token in tokens:
+            if token not in self.uncounted:
+                self.uncounted[token] = self.tokenizer.decode([token]) in " \t0123456789"
+        each = torch.arange(len(tokens), device=chosen.device)
+        self.said[0, each, chosen] = 1
+        self.said[1] *= self.sampling.alpha_decay
+        self.said[1, each, chosen] += self.said.new_tensor([float(not self.uncounted[t]) for t in tokens])
+
+
 def completions(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -220,45 +272,12 @@ def completions(
         rows.append(Row(index, list(read_first), tokenizer, stop, max_tokens, source, on_text))
         repeats[read_first] += 1
     waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
-    model = model.for_sampling()
-    rows, device = [], model.device
-    logits = torch.empty(0, model.sizes.vocab_size, device=device)  # of `rows`, as their state `carried`
-    carried: State = []
-    said = torch.zeros(2, 0, model.sizes.vocab_size, device=device)  # per row and token: sampled before, and the count
-    uncounted: dict[int, bool] = {}
-    while waiting or rows:
-        room = batch_size - len(rows)
-        if waiting and (not rows or room >= batch_size / 4):  # a few at a time, as a token of few rows costs that of many
-            new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-            new_logits, new_state = read(model, [row.prompt for row in new], state)
-            if new_logits.isnan().any():
-                raise UserError("the model's output is not a number: the weights are damaged, or the training diverged")
-            logits = torch.cat([logits, new_logits]) if rows else new_logits
-            carried = join([carried, new_state]) if rows else new_state
-            if sampling.penalises:
-                said = torch.cat([said, said.new_zeros(2, len(new), said.shape[-1])], 1)
-            rows += new
-        if sampling.penalises:
-            logits = logits.float() - sampling.alpha_presence * said[0] - sampling.alpha_frequency * said[1]
-        chosen = sample(logits, sampling, [row.random.random() for row in rows])
-        tokens = chosen.tolist()
-        done = [row.push(token) for row, token in zip(rows, tokens)]
-        yield from (completion for completion in done if completion)
-        if sampling.penalises:
-            for token in tokens:
-                if token not in uncounted:
-                    uncounted[token] = tokenizer.decode([token]) in " \t0123456789"
-            each = torch.arange(len(rows), device=device)
-            said[0, each, chosen] = 1
-            said[1] *= sampling.alpha_decay
-            said[1, each, chosen] += torch.tensor([float(not uncounted[t]) for t in tokens], device=device)
-        if any(done):
-            kept = [i for i, completion in enumerate(done) if not completion]
-            rows = [rows[i] for i in kept]
-            places = torch.tensor(kept, dtype=torch.int64, device=device)
-            chosen, carried, said = chosen[places], select(carried, places), said[:, places] if sampling.penalises else said
-        if rows:
-            logits, carried = step(model, chosen, carried)
+    batch = Batch(model, tokenizer, sampling)
+    while waiting or batch.rows:
+        room = batch_size - len(batch.rows)
+        if waiting and (not batch.rows or room >= batch_size / 4):  # a few at a time: a token of few rows costs that of many
+            batch.add([waiting.popleft() for _ in range(min(room, len(waiting)))], state)
+        yield from batch.step()
 
 
 def generate(

@@ -3,12 +3,12 @@
 Every trained token of a step weighs the same over micro batches and devices: losses are sums, divided once by the step's count.
 """
 
+import contextlib
 import math
 import os
-import secrets
 import signal
 import time
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,15 +26,24 @@ from .logs import Logs, StepRecord, say
 from .objectives import Objective, Step, not_finite_in
 from .optimiser import make_optimiser
 from .outputs import BEST, INTERRUPTED, RECORD, RunFolder, numbered, result_due, save_result
+from .resume import Progress
 from .samples import Sampler
 from .schedule import learning_rate
+from .signals import Signals
 from .strategies import Engine, device_type, lost_device
 
-ECHO_SECONDS = 0.2  # within which a second signal is the first one's echo
-LAUNCHER_SECONDS = 2.0  # the same under a launcher, which passes a signal on that the key has sent already
-LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "LOCAL_RANK")  # in the environment of their processes
-# SIGUSR1: what a SLURM job asks to be sent before its time is up
-STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of the loop below needs. Where the run stands is in `Progress`."""
+
+    model: LanguageModel
+    data: TrainingData
+    objective: Objective
+    config: TrainConfig
+    engine: Engine
+    folder: RunFolder
+    logs: Logs | None  # the first device's
 
 
 def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: TrainConfig, engine: Engine) -> int:
@@ -43,194 +52,136 @@ def fit(model: LanguageModel, data: TrainingData, objective: Objective, config: 
     `engine` is launched. Returns the exit code: 0 at the run's end, 128 + the signal's number where one stopped it.
     """
     # ---- set up
-    world, first = engine.world, engine.first
+    world, first, described = engine.world, engine.first, ""
     recommended = verdict.recommended_rate(model, config)
     config = config.with_rate(recommended)
-    per_epoch = data.steps_per_epoch(world)
-    total_steps = per_epoch * config.epoch_count
-    folder = RunFolder(config.proj_dir)
     check_what_trains(model, config)
     sampler = Sampler.of(config, data)
     multiplied_by = set_matmul_backend(engine.device.type, tokens_at_once(data, config), summary.precision(config) == "tf32")
     if first:
         if not config.dry_run:
-            check_folder(folder, config)
+            check_folder(RunFolder(config.proj_dir), config)
         described = summary.describe(model, data, config, world, recommended, multiplied_by)
         print(described, flush=True)
     if config.dry_run:
         return 0
     engine.barrier()
-    folder = RunFolder(config.proj_dir)  # the first device may have made it just now
-    seed = config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31)
 
     # ---- resume
-    restored = resume.newest(folder, engine.rank) if config.resume else None
-    invariants = resume.invariants(model, data, config, world)
-    step, ended, best = 0, False, validation.Best()
-    if restored is not None:
-        run, _ = restored
-        resume.check_invariants(run["invariants"], invariants)
-        resume.restore_trained(model, run["trained"])
-        step, seed = run["step"], run["seed"]
-        best = validation.Best.of_log(folder, step)
-        ended = step >= total_steps or 0 < config.patience <= best.since
-    agreed, seed = engine.broadcast((step, seed))
-    if agreed != step:
-        raise UserError(f"--resume: device {engine.rank} finds step {step} in --proj_dir, the first device step {agreed}; "
-                        "all machines must see the same folder")  # fmt: skip
-    data.check_trained(world, seed)
-    if ended:
+    folder = RunFolder(config.proj_dir)  # the first device may have made it just now
+    at, checkpoint = resume.restore(model, data, folder, config, engine)
+    data.check_trained(world, at.seed)
+    total_steps = data.steps_per_epoch(world) * config.epoch_count
+    if at.step >= total_steps or at.worse_for(config.patience):
         if first:
-            print(f"resuming   after step {step}: nothing to do, the run is complete", flush=True)
+            print(f"resuming   after step {at.step}: nothing to do, the run is complete", flush=True)
         return finish(folder, config, data, recommended, described) if first else 0
-    pids = [int(pid) for pid in engine.sum([os.getpid() if rank == engine.rank else 0 for rank in range(world)])]
-    if first:
-        folder.begin(config, pids, anew=restored is None)
-        if restored is None:
-            folder.claim("config.json")
-            (folder / "config.json").write_text(config.to_json())
-        else:
-            resume.clear(folder, step)
-            print(f"resuming   after step {step}", flush=True)
-    engine.barrier()
-
-    # ---- the model on its device, the optimiser, the logs
+    take(folder, config, engine, at)
     engine.setup(Step(model, objective), lambda masters: make_optimiser(model, config, masters))
-    signals = Signals()
-    logs = Logs(folder, config, step, total_steps, run["log_bytes"] if restored else None) if first else None
-    epoch_loss, epoch_trained = run["epoch_sums"] if restored else (0.0, 0.0)
-    engine.barrier()
-    if restored is not None:
-        run, own = restored
-        resume.restore_optimiser(engine, run, own)
-    elif engine.rank:  # each device drops other units
-        torch.manual_seed(seed + engine.rank)
-    del restored  # tensors of the checkpoint
-    run = {}
-    model.train()
-
-    def save_checkpoint() -> None:
-        trained = engine.trained()
-        own: dict[str, Any] = {"random": resume.random_state()}
-        if engine.sharded or first:
-            own["optimiser"] = engine.optimiser_state()
-        run = {
-            "step": step,
-            "invariants": invariants,
-            "trained": trained,
-            "log_bytes": logs.lengths() if logs else {},
-            "epoch_sums": [epoch_loss, epoch_trained],
-            "seed": seed,
-        }
-        resume.save(folder, engine, step, run, own, config.keep_last)
-
-    def save_adapter(name: str) -> None:
-        trained = engine.trained()
-        if first:
-            folder.claim(name, str(sidecar(name)))
-            save_result(folder / name, trained, model, data, config, step)
-
-    def ask() -> None:
-        if sampler and logs:
-            logs.samples(sampler.ask(model, step))
-
-    # ---- before the first step
-    if step == 0:
-        held_out = data.held_out(engine.rank, world) if config.val_first else None
-        if held_out:
-            base_loss, count = validation.measure(engine, objective, held_out, config)
-            if logs:
-                logs.validation(0, config.epoch_begin, base_loss, count)
-                say(f"validation before the first step: loss {base_loss:.4f} over {count:,} trained tokens")
-        ask()
-
-    # ---- steps
-    saved_at = step_began = time.monotonic()
-    save_requested = stopped = False
-    try:
-        for micro_batches in data.steps(engine.rank, world, seed, step, total_steps):
-            lr = learning_rate(step, total_steps, config.lr_schedule, config.lr_init, config.lr_final, config.warmup_steps)
-            for group in engine.optimiser.param_groups:
-                group["lr"] = lr * group["lr_multiplier"]
-            micro_batches = [{name: t.to(engine.device) for name, t in micro.items()} for micro in micro_batches]
-            trained, tokens = engine.sum([sum(map(objective.count, micro_batches)), sum(m["tokens"] for m in micro_batches)])
-            loss_sum = gradients(engine, micro_batches, trained, config)
-            loss_sum, stop, save = engine.sum([loss_sum, signals.received, save_requested])
-            loss = loss_sum / max(trained, 1)
-            grad_norm = engine.step(config.grad_clip) if math.isfinite(loss) else math.nan
-            if not math.isfinite(grad_norm):
-                raise diverged(step + 1, loss, grad_norm, lr, model, micro_batches, folder)
-            step, now = step + 1, time.monotonic()
-            epoch = config.epoch_begin + (step - 1) // per_epoch
-            seconds, step_began = now - step_began, now
-            record = StepRecord(step, epoch, loss if trained else None, lr, grad_norm, int(trained), int(tokens), seconds)
-            epoch_loss += (record.loss or 0.0) * record.trained
-            epoch_trained += record.trained
-
-            # ---- log
-            if logs:
-                logs.step(record)
-                if step == 1 and config.load_model and record.loss is not None:
-                    warn_if_loss_above_uniform(record.loss, model.sizes.vocab_size)
-
-            # ---- validate
-            ended = step == total_steps
-            held_out = data.held_out(engine.rank, world)
-            if held_out and (step % (config.val_every or per_epoch) == 0 or ended):
-                val_loss, count = validation.measure(engine, objective, held_out, config)
-                better = best.note(val_loss)
-                if better:
-                    save_adapter(BEST)
-                if logs:
-                    logs.validation(step, epoch, val_loss, count)
-                    note = f"the best so far ({BEST})" if better else f"best {best.loss:.4f}"
-                    say(f"validation after step {step}: loss {val_loss:.4f} over {count:,} trained tokens, {note}")
-                if config.patience and best.since >= config.patience and not ended:
-                    ended = True
-                    if first:
-                        say(f"no better for {best.since} validations: the run ends here")
-
-            # ---- sample
-            if ended or (config.sample_every and step % config.sample_every == 0):
-                ask()
-
-            # ---- save
-            epoch_ended = ended or step % per_epoch == 0
-            if epoch_ended:
-                if logs:
-                    logs.epoch(record, epoch_loss / epoch_trained if epoch_trained else math.nan)
-                epoch_loss = epoch_trained = 0.0
-                if ended or result_due(config, epoch):  # before the checkpoint: a full disk may still hold it
-                    save_adapter(f"rwkv-{epoch}.pth")
-                    if config.keep_adapters and first:
-                        old = numbered(folder, config)[: -config.keep_adapters]
-                        folder.remove([name for pth in old for name in (pth, str(sidecar(pth)))])
-            due = config.save_every_steps and step % config.save_every_steps == 0
-            stopped = stop > 0 and not ended
-            if stopped:
-                save_adapter(INTERRUPTED)
-            if epoch_ended or due or save > 0 or stopped:
-                save_checkpoint()
-                saved_at = time.monotonic()
-            minutes = (time.monotonic() - saved_at) / 60
-            save_requested = bool(first and config.save_every_minutes and minutes > config.save_every_minutes)
-            if stopped and first:
-                say(f"stopped after step {step}; saved {folder / INTERRUPTED}; --resume auto continues from here")
-            if ended or stopped:
-                break
-        engine.barrier()  # a launcher that sees one device end may end the others, and the first still writes
-    except RuntimeError as error:
-        if not lost_device(error):
-            raise
-        what = f"after step {step} another device's process ended or cannot be reached"
-        raise UserError(f"{what}; --resume auto continues from what was saved") from error
-    finally:
-        signals.restore()
+    with contextlib.ExitStack() as open_until_the_end:
+        signals = open_until_the_end.enter_context(Signals())
+        logs = Logs(folder, config, at.step, total_steps, checkpoint and checkpoint[0]["log_bytes"]) if first else None
         if logs:
-            logs.close()
+            open_until_the_end.callback(logs.close)
+        engine.barrier()
+        if checkpoint is not None:
+            resume.restore_optimiser(engine, *checkpoint)
+        elif engine.rank:  # each device drops other units
+            torch.manual_seed(at.seed + engine.rank)
+        del checkpoint  # its tensors
+
+        # ---- train
+        try:
+            stopped = steps(Run(model, data, objective, config, engine, folder, logs), at, sampler, signals)
+        except RuntimeError as error:
+            if not lost_device(error):
+                raise
+            what = f"after step {at.step} another device's process ended or cannot be reached"
+            raise UserError(f"{what}; --resume auto continues from what was saved") from error
     if not first:  # a launcher takes another device's code for a crash
         return 0
     return 128 + (signals.received or signal.SIGTERM) if stopped else finish(folder, config, data, recommended, described)
+
+
+def steps(run: Run, at: Progress, sampler: Sampler | None, signals: Signals) -> bool:
+    """All that is left of the run's steps; True where a signal on any device ended it before."""
+    config, engine, logs = run.config, run.engine, run.logs
+    per_epoch = run.data.steps_per_epoch(engine.world)
+    total_steps = per_epoch * config.epoch_count
+    run.model.train()
+    if at.step == 0:
+        if config.val_first:
+            validate(run, at, config.epoch_begin)
+        ask(run, at, sampler)
+    saved_at = step_began = time.monotonic()
+    save_requested = stopped = False
+    for micro_batches in run.data.steps(engine.rank, engine.world, at.seed, at.step, total_steps):
+        # ---- micro batches, clip, step
+        lr = set_rate(engine, config, at.step, total_steps)
+        micro_batches = [{name: t.to(engine.device) for name, t in micro.items()} for micro in micro_batches]
+        trained, tokens = engine.sum([sum(map(run.objective.count, micro_batches)), sum(m["tokens"] for m in micro_batches)])
+        loss_sum = gradients(engine, micro_batches, trained, config)
+        loss_sum, stop, save = engine.sum([loss_sum, signals.received, save_requested])
+        loss = loss_sum / max(trained, 1)
+        grad_norm = engine.step(config.grad_clip) if math.isfinite(loss) else math.nan
+        if not math.isfinite(grad_norm):
+            raise diverged(run, at.step + 1, loss, grad_norm, lr, micro_batches)
+        epoch, now = config.epoch_begin + at.step // per_epoch, time.monotonic()
+        seconds, step_began = now - step_began, now
+        record = StepRecord(at.step + 1, epoch, loss if trained else None, lr, grad_norm, int(trained), int(tokens), seconds)
+        at.step += 1
+        at.epoch_loss += (record.loss or 0.0) * record.trained
+        at.epoch_trained += record.trained
+
+        # ---- log
+        if logs:
+            logs.step(record)
+            if at.step == 1 and config.load_model and record.loss is not None:
+                warn_if_loss_above_uniform(record.loss, run.model.sizes.vocab_size)
+
+        # ---- validate, sample
+        ended = at.step == total_steps
+        if ended or at.step % (config.val_every or per_epoch) == 0:
+            validate(run, at, epoch)
+            if at.worse_for(config.patience) and not ended:
+                ended = True
+                if logs:
+                    say(f"no better for {at.best.since} validations: the run ends here")
+        if ended or (config.sample_every and at.step % config.sample_every == 0):
+            ask(run, at, sampler)
+
+        # ---- save
+        epoch_ended = ended or at.step % per_epoch == 0
+        if epoch_ended:
+            if logs:
+                logs.epoch(record, at.epoch_loss / at.epoch_trained if at.epoch_trained else math.nan)
+            at.epoch_loss = at.epoch_trained = 0.0
+            if ended or result_due(config, epoch):  # before the checkpoint: a full disk may still hold it
+                save_adapter(run, f"rwkv-{epoch}.pth", at.step)
+                drop_old_adapters(run)
+        stopped = stop > 0 and not ended
+        if stopped:
+            save_adapter(run, INTERRUPTED, at.step)
+        due = config.save_every_steps and at.step % config.save_every_steps == 0
+        if epoch_ended or due or save > 0 or stopped:
+            resume.save(run.folder, run.model, run.data, config, engine, at, logs.lengths() if logs else {})
+            saved_at = time.monotonic()
+        minutes = (time.monotonic() - saved_at) / 60
+        save_requested = bool(logs and config.save_every_minutes and minutes > config.save_every_minutes)
+        if stopped and logs:
+            say(f"stopped after step {at.step}; saved {run.folder / INTERRUPTED}; --resume auto continues from here")
+        if ended or stopped:
+            break
+    engine.barrier()  # a launcher that sees one device end may end the others, and the first still writes
+    return stopped
+
+
+def set_rate(engine: Engine, config: TrainConfig, step: int, total_steps: int) -> float:
+    """The schedule's learning rate, set on every group of parameters by its multiplier."""
+    lr = learning_rate(step, total_steps, config.lr_schedule, config.lr_init, config.lr_final, config.warmup_steps)
+    for group in engine.optimiser.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]
+    return lr
 
 
 def gradients(engine: Engine, micro_batches: list[dict[str, Tensor]], trained: float, config: TrainConfig) -> float | Tensor:
@@ -254,13 +205,47 @@ def gradients(engine: Engine, micro_batches: list[dict[str, Tensor]], trained: f
     return loss_sum
 
 
-def diverged(
-    step: int, loss: float, grad_norm: float, lr: float, model: LanguageModel, micro_batches: list, folder: RunFolder
-) -> UserError:
+def validate(run: Run, at: Progress, epoch: int) -> None:
+    """Measure the held-out loss, where there are held-out data; the adapter of the lowest one stays."""
+    held_out = run.data.held_out(run.engine.rank, run.engine.world)
+    if held_out is None:
+        return
+    loss, count = validation.measure(run.engine, run.objective, held_out, run.config)
+    when, note = "before the first step", ""  # of no adapter
+    if at.step:
+        better = at.best.note(loss)
+        if better:
+            save_adapter(run, BEST, at.step)
+        when = f"after step {at.step}"
+        note = f", the best so far ({BEST})" if better else f", best {at.best.loss:.4f}"
+    if run.logs:
+        run.logs.validation(at.step, epoch, loss, count)
+        say(f"validation {when}: loss {loss:.4f} over {count:,} trained tokens{note}")
+
+
+def ask(run: Run, at: Progress, sampler: Sampler | None) -> None:
+    if sampler and run.logs:
+        run.logs.samples(sampler.ask(run.model, at.step))
+
+
+def save_adapter(run: Run, name: str, step: int) -> None:
+    trained = run.engine.trained()
+    if run.engine.first:
+        run.folder.claim(name, str(sidecar(name)))
+        save_result(run.folder / name, trained, run.model, run.data, run.config, step)
+
+
+def drop_old_adapters(run: Run) -> None:
+    if run.config.keep_adapters and run.engine.first:
+        old = numbered(run.folder, run.config)[: -run.config.keep_adapters]
+        run.folder.remove([name for pth in old for name in (pth, str(sidecar(pth)))])
+
+
+def diverged(run: Run, step: int, loss: float, grad_norm: float, lr: float, micro_batches: list) -> UserError:
     cure = "begin anew (--overwrite): nothing is saved"
-    if resume.steps_saved(folder):
+    if resume.steps_saved(run.folder):
         cure = "resume with --resume auto: what was saved is good"
-    where = not_finite_in(model, micro_batches)
+    where = not_finite_in(run.model, micro_batches)
     return UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}, at learning rate {lr:.3g}{where}; "
                      f"lower --lr_init or --grad_clip and {cure}")  # fmt: skip
 
@@ -301,26 +286,19 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
         raise UserError(f"{folder.path} holds {results[-1]} and no checkpoint to resume from: --overwrite replaces it")
 
 
-class Signals:
-    """Asks for an end after the current step. A second signal, unless it is the first one's echo, ends the run at once."""
-
-    def __init__(self):
-        self.received, self.at = 0, 0.0
-        self.echo = LAUNCHER_SECONDS if any(name in os.environ for name in LAUNCHERS) else ECHO_SECONDS
-        ignored = [s for s in STOP if signal.getsignal(s) is signal.SIG_IGN]  # nohup
-        self.handlers = {s: signal.signal(s, self.handle) for s in STOP if s not in ignored}
-
-    def handle(self, number: int, frame) -> None:
-        if not self.received:
-            self.received, self.at = number, time.monotonic()
-            print(f"\n{signal.Signals(number).name}: saving after this step (a second one ends it without)", flush=True)
-        elif time.monotonic() - self.at > self.echo:
-            print("ended without saving; --resume auto continues from the last checkpoint", flush=True)
-            raise SystemExit(128 + number)
-
-    def restore(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+def take(folder: RunFolder, config: TrainConfig, engine: Engine, at: Progress) -> None:
+    """Take the folder into use, by the first device; what is beyond the step where the run begins goes."""
+    ranks = range(engine.world)
+    pids = [int(pid) for pid in engine.sum([os.getpid() if rank == engine.rank else 0 for rank in ranks])]
+    if engine.first:
+        folder.begin(config, pids, anew=at.step == 0)
+        if at.step == 0:
+            folder.claim("config.json")
+            (folder / "config.json").write_text(config.to_json())
+        else:
+            resume.clear(folder, at.step)
+            print(f"resuming   after step {at.step}", flush=True)
+    engine.barrier()
 
 
 def finish(folder: RunFolder, config: TrainConfig, data: TrainingData, recommended: float, described: str) -> int:

@@ -131,6 +131,7 @@ class RunFolder:
         self.save()
 
     def finish(self) -> None:
+        self.remove_half_written()  # by a process that was killed at the very end
         if not self.finished:
             self.finished = True
             self.save()

@@ -8,8 +8,10 @@ comes last: a checkpoint that has it has all. It goes first when the checkpoint 
 """
 
 import re
+import secrets
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..models import LanguageModel
 from ..peft import adapter_tensors
 from .outputs import RunFolder
 from .strategies import Engine
+from .validation import Best
 
 # Flags that decide which samples a step holds, which of their tokens are trained, and what is trained.
 INVARIANT_FLAGS = (
@@ -37,6 +40,39 @@ def invariants(model: LanguageModel, data: Any, config: TrainConfig, world: int)
     sharded = config.strategy if config.strategy.startswith("deepspeed") else "auto"
     flags = {f"--{name}": getattr(config, name) for name in INVARIANT_FLAGS}
     return {"devices": world, "strategy": sharded, "base": model.fingerprint, **flags, **data.invariants()}
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    seed: int
+    step: int = 0
+    best: Best = field(default_factory=Best)  # held-out loss
+    epoch_loss: float = 0.0  # of the epoch so far, summed over
+    epoch_trained: float = 0.0  # so many trained tokens
+
+    def worse_for(self, patience: int) -> bool:
+        """Whether the last `patience` validations (0: any number is endured) were all worse than the best."""
+        return 0 < patience <= self.best.since
+
+
+def restore(
+    model: LanguageModel, data: Any, folder: RunFolder, config: TrainConfig, engine: Engine
+) -> tuple[Progress, tuple[dict[str, Any], dict[str, Any]] | None]:
+    """Where the run begins, on all devices, and the checkpoint (see `newest`) whose trained tensors are in the model now."""
+    at = Progress(config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31))
+    checkpoint = newest(folder, engine.rank) if config.resume else None
+    if checkpoint is not None:
+        run, _ = checkpoint
+        check_invariants(run["invariants"], invariants(model, data, config, engine.world))
+        restore_trained(model, run["trained"])
+        at = Progress(run["seed"], run["step"], Best.of_log(folder, run["step"]), *run["epoch_sums"])
+    agreed, at.seed = engine.broadcast((at.step, at.seed))
+    if agreed != at.step:
+        raise UserError(f"--resume: device {engine.rank} finds step {at.step} in --proj_dir, the first device step {agreed}; "
+                        "all machines must see the same folder")  # fmt: skip
+    return at, checkpoint
 
 
 def check_invariants(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -96,17 +132,31 @@ def is_run(state: Mapping[str, Any], step: int) -> bool:
     )
 
 
-def save(folder: RunFolder, engine: Engine, step: int, run: dict[str, Any], own: dict[str, Any], keep_last: int) -> None:
-    """Write one checkpoint, each device its `own`, the first also `run`; then drop all but the newest `keep_last`."""
+def save(
+    folder: RunFolder, model: LanguageModel, data: Any, config: TrainConfig, engine: Engine, at: Progress, log_bytes: dict
+) -> None:
+    """Write one checkpoint, each device what is its own, the first also the run; then drop all but the newest."""
+    trained = engine.trained()
+    own: dict[str, Any] = {"random": random_state()}
+    if engine.sharded or engine.first:
+        own["optimiser"] = engine.optimiser_state()
     if engine.first:
-        folder.claim(*(name_of(step, rank) for rank in reversed(range(engine.world))))
+        folder.claim(*(name_of(at.step, rank) for rank in reversed(range(engine.world))))
     engine.barrier()
     if not engine.first:
-        save_state(folder / name_of(step, engine.rank), own)
+        save_state(folder / name_of(at.step, engine.rank), own)
     engine.barrier()
     if engine.first:
-        save_state(folder / name_of(step), {**run, "own": own})
-        for old in steps_saved(folder)[keep_last:]:
+        run = {
+            "step": at.step,
+            "invariants": invariants(model, data, config, engine.world),
+            "trained": trained,
+            "log_bytes": log_bytes,
+            "epoch_sums": [at.epoch_loss, at.epoch_trained],
+            "seed": at.seed,
+        }
+        save_state(folder / name_of(at.step), {**run, "own": own})
+        for old in steps_saved(folder)[config.keep_last :]:
             folder.remove(of_step(folder, old))
 
 
