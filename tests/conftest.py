@@ -39,6 +39,16 @@ def tiny(data) -> Path:
     return data / "tiny-rwkv6-1m.pth"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def draw():
+    """The drawing of a run's picture, which takes as long as a short run: without it here but where a test asks for it."""
+    from rwkv_bone.training import summary
+
+    drawn, summary.draw = summary.draw, lambda folder: False
+    yield drawn
+    summary.draw = drawn
+
+
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_embd": 24, "dim_att": 16, "dim_ffn": 40, "head_size": 8}
 SMALL_OF = {
     "x060": {"d_mix_lora": 4, "d_decay_lora": 6},

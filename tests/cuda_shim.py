@@ -29,7 +29,8 @@ def compile_for_cpu(source: Path, folder: Path, *flags: str, races: bool = False
         commands = [[*command, "-shared", "-o", str(library)]]
     else:  # the compiler's half of ThreadSanitizer alone: cuda_shim.h is the other
         compiled = str(library.with_suffix(".o"))
-        commands = [[*command, "-g", "-fsanitize=thread", "-c", "-o", compiled], ["g++", "-shared", compiled, "-o", str(library)]]
+        command += ["-Og", "-fsanitize=thread", "-c", "-o", compiled]
+        commands = [command, ["g++", "-shared", compiled, "-o", str(library)]]
     for command in commands:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

@@ -7,6 +7,7 @@ import pytest
 
 from rwkv_bone.demo import command
 from rwkv_bone.demo.crontab import DAYS, rows
+from rwkv_bone.training import summary
 
 
 def test_each_answer_is_what_its_sentence_says_and_comes_once():
@@ -23,7 +24,8 @@ def test_each_answer_is_what_its_sentence_says_and_comes_once():
 
 
 @pytest.mark.slow
-def test_the_model_knows_nothing_of_the_task_before_and_most_of_it_after(tmp_path, capfd):
+def test_the_model_knows_nothing_of_the_task_before_and_most_of_it_after(tmp_path, capfd, draw, monkeypatch):
+    monkeypatch.setattr(summary, "draw", draw)
     assert command.main([str(tmp_path)]) == 0
     said = capfd.readouterr().out
     before, after = map(int, re.findall(r"(?:before|after): (\d+)% right", said))
