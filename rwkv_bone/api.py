@@ -43,7 +43,7 @@ from .files import adapters as files
 from .files import models
 from .files.folder import write_folder
 from .files.pth import layout_of, write_pth
-from .generate.chat import as_messages
+from .generate.chat import as_asked
 from .generate.sampling import Sampling
 from .generate.sampling import generate as sample
 from .models import LanguageModel
@@ -372,10 +372,7 @@ def generate(
     stops = tuple(stop)
     if instruct:
         template = template_of(model)
-        asked = [template.prompt(as_messages(prompt, system)) for prompt in asked]
-        if template.whole:  # it has written the beginning of the document
-            asked = [tokenizer.encode(text) for text in asked]
-        stops += tuple(template.stops)
+        asked, stops = as_asked(template, tokenizer, asked, system), stops + template.stops
     sampling = Sampling(temperature, top_p, top_k, 0.0, 0.0)
     with evaluating(model):
         return [c.text for c in sample(model, tokenizer, asked, sampling, max_tokens, stops, seed, batch_size)]

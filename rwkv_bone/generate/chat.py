@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from ..data.templates import Template
@@ -57,6 +58,15 @@ def as_messages(prompt: str, system: str = "", given: str = "") -> list[dict[str
     """A question as messages, with a system message and an input where there are some."""
     user = {"role": "user", "content": prompt} | ({"input": given} if given else {})
     return [{"role": "system", "content": system}, user] if system else [user]
+
+
+def as_asked(
+    template: Template, tokenizer: Tokenizer, prompts: Iterable[str], system: str = "", given: str = ""
+) -> list[str | list[int]]:
+    """Questions as `completions` takes them; their answers end at `template.stops`."""
+    texts = [template.prompt(as_messages(prompt, system, given)) for prompt in prompts]
+    # a template that is whole has written the beginning of the document
+    return [tokenizer.encode(text) for text in texts] if template.whole else list(texts)
 
 
 def chat(

@@ -28,7 +28,7 @@ from ..interop.rwkv_peft import Foreign
 from ..models import Execution, LanguageModel
 from ..ops.wkv6 import OPS
 from ..peft import merge
-from .chat import as_messages, chat
+from .chat import as_asked, chat
 from .sampling import DEFAULT, Completion, Sampling, completions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -222,10 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         asked = [prompt for prompt in prompts for _ in range(args.samples)]
         stop, texts = tuple(args.stop), list[Any](asked)
         if args.instruct:
-            stop += template.stops
-            texts = [template.prompt(as_messages(prompt, args.system, args.input)) for prompt in asked]
-            if template.whole:  # it has written the beginning of the document
-                texts = [tokenizer.encode(text) for text in texts]
+            stop, texts = stop + template.stops, as_asked(template, tokenizer, asked, args.system, args.input)
         alone = len(asked) == 1 and not args.out
         each = completions(
             model, tokenizer, texts, sampling, args.max_tokens, stop, args.seed, args.batch_size,

@@ -77,6 +77,36 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias=False)
 
 
+def orthogonal(shape: tuple[int, ...], gain: float, generator: torch.Generator | None) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
+
+
+class Block(nn.Module):
+    """One layer: `att`, then `ffn`, each on its input's norm and added to it; layer 0 norms the embeddings first."""
+
+    def __init__(self, sizes: RWKVSizes, layer: int, TimeMix: Callable[..., nn.Module], ChannelMix: Callable[..., nn.Module]):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(sizes.n_embd)
+        self.ln2 = nn.LayerNorm(sizes.n_embd)
+        self.first = layer == 0
+        if self.first:
+            self.ln0 = nn.LayerNorm(sizes.n_embd)
+        self.att = TimeMix(sizes, layer)
+        self.ffn = ChannelMix(sizes)
+
+    def forward(
+        self, x: Tensor, carry: Tensor | None, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, C) -> the same, the next `carry`, the new state."""
+        if self.first:
+            x = self.ln0(x)
+        shift, wkv, ffn_shift = state or (None, None, None)
+        delta, carry, shift, wkv = self.att(self.ln1(x), carry, shift, wkv, reset, op)
+        x = x + delta
+        delta, ffn_shift = self.ffn(self.ln2(x), ffn_shift, reset)
+        return x + delta, carry, LayerState(shift, wkv, ffn_shift)
+
+
 def recomputed_block(block: Callable, x: Tensor, carry: Tensor | None, state: LayerState | None):
     """A block of which autograd keeps the inputs alone."""
 
@@ -89,16 +119,18 @@ def recomputed_block(block: Callable, x: Tensor, carry: Tensor | None, state: La
 
 
 class RWKV(LanguageModel):
-    """Blocks between `emb` and `head`. A version gives `Sizes`, `Block`, `recurrence` and the names of its parameters.
+    """Blocks between `emb` and `head`. A version gives `Sizes`, its mixings, `recurrence` and the names of its parameters.
 
     `Sizes` says by `time_state` whether the file has a trained initial state, and `block.att.add_initial_state()` makes one.
 
-    `Block(sizes, layer)` maps (x (B, T, C), carry, state, reset, op) to (x, carry, state); `carry` is what a layer hands to the
-    next ones beside x, None at first.
+    `TimeMix(sizes, layer)` maps x (B, T, C), carry, shift (B, C), wkv (B, H, N, N), reset, op to the output (B, T, C), carry,
+    shift, wkv; `carry` is what a layer hands to the next ones beside x, None at first. `ChannelMix(sizes)` maps x, shift, reset
+    to the output and shift.
     """
 
     Sizes: ClassVar[type[RWKVSizes]]
-    Block: ClassVar[type[nn.Module]]
+    TimeMix: ClassVar[type[nn.Module]]
+    ChannelMix: ClassVar[type[nn.Module]]
     recurrence: ClassVar[Recurrence]
     targets = ("att", "ffn")
     full_parts = ("emb", "head", "time", "ln")
@@ -112,7 +144,7 @@ class RWKV(LanguageModel):
         super().__init__(sizes, execution)
         # not filled: a normal distribution on the meta device would import half of torch, for seconds
         self.emb = nn.Embedding.from_pretrained(torch.empty(sizes.vocab_size, sizes.n_embd), freeze=False)
-        self.blocks = nn.ModuleList(self.Block(sizes, layer) for layer in range(sizes.n_layer))
+        self.blocks = nn.ModuleList(Block(sizes, n, self.TimeMix, self.ChannelMix) for n in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = linear(sizes.n_embd, sizes.vocab_size)
 
@@ -159,7 +191,27 @@ class RWKV(LanguageModel):
 
     @classmethod
     def initial_values(cls, sizes: Any, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The initial value of each parameter of a new model, as the version's own trainer has it."""
+        """RWKV-LM's initial value of each parameter of a new model (generate_init_weight in its model.py)."""
+        for key, shape in cls.shapes(sizes).items():
+            _, layer, name = key.split(".", 2) if key.startswith("blocks.") else ("", 0, key)
+            match name:
+                case "emb.weight":
+                    value = torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
+                case "head.weight":
+                    value = orthogonal(shape, 0.5 * max(1.0, math.sqrt(sizes.vocab_size / sizes.n_embd)), generator)
+                case "att.ln_x.weight":
+                    value = torch.full(shape, ((1 + int(layer)) / sizes.n_layer) ** 0.7)
+                case _ if cls.in_part(name, "ln"):
+                    value = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+                case _:
+                    value = cls.initial_value(name, shape, int(layer), sizes, generator)
+            yield key, value.view(shape)
+
+    @classmethod
+    def initial_value(
+        cls, name: str, shape: tuple[int, ...], layer: int, sizes: Any, generator: torch.Generator | None
+    ) -> Tensor:
+        """That of a parameter of the mixings, by its name within a block; of any shape with as many entries."""
         raise NotImplementedError
 
     def for_sampling(self) -> LanguageModel:

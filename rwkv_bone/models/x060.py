@@ -5,7 +5,7 @@ Sizes: B batch, T time, C n_embd, A dim_att = H * N (H heads of size N), F dim_f
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.recompute import recompute_in_backward
 from ..ops.wkv6 import recurrence, wkv6
 from .base import WebNames
-from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
+from .rwkv import RWKV, RWKVSizes, cast, linear, orthogonal, shift_difference, squared_relu
 
 LN_X_EPS = 1e-5 * 8**2  # RWKV-LM: 1e-5 * head_size_divisor^2, with divisor 8 in every release
 RESCALE_EVERY = 6  # layers between halvings of x in GGUF files, so that float16 holds it, as the released models have it
@@ -39,7 +39,7 @@ class RWKV6Sizes(RWKVSizes):
 
 
 class TimeMix(nn.Module):
-    def __init__(self, sizes: RWKV6Sizes):
+    def __init__(self, sizes: RWKV6Sizes, layer: int):
         super().__init__()
         C, A, H, N = sizes.n_embd, sizes.dim_att, sizes.n_head, sizes.head_size
         M, D = sizes.d_mix_lora, sizes.d_decay_lora
@@ -91,9 +91,9 @@ class TimeMix(nn.Module):
         return (self.ln_x(y.reshape(-1, g.shape[-1])).view(g.shape) * F.silu(g),)
 
     def forward(
-        self, x: Tensor, shift: Tensor | None, wkv: Tensor | None, reset: Tensor | None = None, op: str = "auto"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), shift (B, C), wkv (B, H, N, N) -> output (B, T, C), new shift, new wkv."""
+        self, x: Tensor, carry: None, shift: Tensor | None, wkv: Tensor | None, reset: Tensor | None = None, op: str = "auto"
+    ) -> tuple[Tensor, None, Tensor, Tensor]:
+        """x (B, T, C), shift (B, C), wkv (B, H, N, N) -> output (B, T, C), nothing to carry, new shift, new wkv."""
         B, T, _ = x.shape
         u = self.time_faaaa
         H, N = u.shape
@@ -116,7 +116,7 @@ class TimeMix(nn.Module):
         with recompute_in_backward(self.log_decay, h, forget, trained=self.parameters(recurse=False)) as (log_w,):
             y, wkv = wkv6(r, k, v, log_w, u, wkv, op)
         with recompute_in_backward(self.gated, y, g, trained=self.ln_x.parameters()) as (gated,):
-            return self.output(gated), x.select(1, -1), wkv
+            return self.output(gated), carry, x.select(1, -1), wkv
 
 
 class ChannelMix(nn.Module):
@@ -144,34 +144,11 @@ class ChannelMix(nn.Module):
         return torch.sigmoid(r) * v, x.select(1, -1)
 
 
-class Block(nn.Module):
-    def __init__(self, sizes: RWKV6Sizes, layer: int):
-        super().__init__()
-        self.ln1 = nn.LayerNorm(sizes.n_embd)
-        self.ln2 = nn.LayerNorm(sizes.n_embd)
-        self.first = layer == 0
-        if self.first:
-            self.ln0 = nn.LayerNorm(sizes.n_embd)
-        self.att = TimeMix(sizes)
-        self.ffn = ChannelMix(sizes)
-
-    def forward(
-        self, x: Tensor, carry: None, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
-    ) -> tuple[Tensor, None, LayerState]:
-        if self.first:
-            x = self.ln0(x)
-        shift, wkv, ffn_shift = state or (None, None, None)
-        delta, shift, wkv = self.att(self.ln1(x), shift, wkv, reset, op)
-        x = x + delta
-        delta, ffn_shift = self.ffn(self.ln2(x), ffn_shift, reset)
-        return x + delta, carry, LayerState(shift, wkv, ffn_shift)
-
-
 class RWKV6(RWKV):
     """An RWKV-6 language model; `LayerState.wkv` is indexed [key, value]."""
 
     version, title = "x060", "RWKV-6 (x060)"
-    Sizes, Block, recurrence = RWKV6Sizes, Block, recurrence
+    Sizes, TimeMix, ChannelMix, recurrence = RWKV6Sizes, TimeMix, ChannelMix, recurrence
     state_rate = 1.0  # the best are 1 to 3: benchmarks/results/state-rate-cpu.md
     gguf_architecture = "rwkv6"
     gguf_lerps = tuple(f"att.time_maa_{name}" for name in LERPS)
@@ -229,47 +206,32 @@ class RWKV6(RWKV):
         return RWKV6Sizes(**sizes)
 
     @classmethod
-    def initial_values(cls, sizes: Any, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """RWKV-LM's (RWKV-v5/src/model.py: RWKV_Tmix_x060, RWKV_CMix_x060, generate_init_weight)."""
+    def initial_value(
+        cls, name: str, shape: tuple[int, ...], layer: int, sizes: Any, generator: torch.Generator | None
+    ) -> Tensor:
+        """RWKV-v5/src/model.py: RWKV_Tmix_x060, RWKV_CMix_x060."""
         C, A, L = sizes.n_embd, sizes.dim_att, sizes.n_layer
         gains = {"att.key": 0.1, "att.gate": 0.1, "att.output": 0.0, "ffn.value": 0.0, "ffn.receptance": 0.0}
         channel = torch.arange(C) / C  # 0 to almost 1
         att_channel = torch.arange(A) / max(A - 1, 1)  # 0 to 1
-
-        for key, shape in cls.shapes(sizes).items():
-            layer = int(key.split(".")[1]) if key.startswith("blocks.") else 0
-            name = key.split(".", 2)[2] if key.startswith("blocks.") else key
-            depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
-            power = channel ** (1 - layer / L)
-            match name:
-                case "emb.weight":
-                    value = torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
-                case "head.weight":
-                    gain = 0.5 * max(1.0, math.sqrt(sizes.vocab_size / C))
-                    value = nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
-                case "att.ln_x.weight":
-                    value = torch.full(shape, ((1 + layer) / L) ** 0.7)
-                case "att.time_maa_v":
-                    value = 1 - (power + 0.3 * depth)
-                case "att.time_maa_r" | "att.time_maa_g":
-                    value = 1 - power.sqrt()
-                case "att.time_decay":
-                    value = -6 + 5 * att_channel ** (0.7 + 1.3 * depth)
-                case "att.time_faaaa":
-                    value = depth * (1 - att_channel) + ((torch.arange(A) + 1) % 3 - 1) * 0.1
-                case "att.time_maa_w2" | "att.time_decay_w2":
-                    value = torch.empty(shape).uniform_(-0.01, 0.01, generator=generator)
-                case "att.time_maa_w1" | "att.time_decay_w1" | "att.time_state":
-                    value = torch.zeros(shape)
-                case "ffn.time_maa_k" | "ffn.time_maa_r":
-                    value = 1 - channel ** ((1 - layer / L) ** 3)
-                case _ if ".time_maa_" in name:
-                    value = 1 - power
-                case _ if name.endswith(".bias"):
-                    value = torch.zeros(shape)
-                case _ if "ln" in name:
-                    value = torch.ones(shape)
-                case _:
-                    gain = gains.get(name.removesuffix(".weight"), 1.0)
-                    value = nn.init.orthogonal_(torch.empty(shape), gain, generator=generator) if gain else torch.zeros(shape)
-            yield key, value.view(shape)
+        depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
+        power = channel ** (1 - layer / L)
+        match name:
+            case "att.time_maa_v":
+                return 1 - (power + 0.3 * depth)
+            case "att.time_maa_r" | "att.time_maa_g":
+                return 1 - power.sqrt()
+            case "att.time_decay":
+                return -6 + 5 * att_channel ** (0.7 + 1.3 * depth)
+            case "att.time_faaaa":
+                return depth * (1 - att_channel) + ((torch.arange(A) + 1) % 3 - 1) * 0.1
+            case "att.time_maa_w2" | "att.time_decay_w2":
+                return torch.empty(shape).uniform_(-0.01, 0.01, generator=generator)
+            case "att.time_maa_w1" | "att.time_decay_w1" | "att.time_state":
+                return torch.zeros(shape)
+            case "ffn.time_maa_k" | "ffn.time_maa_r":
+                return 1 - channel ** ((1 - layer / L) ** 3)
+            case _ if ".time_maa_" in name:
+                return 1 - power
+        gain = gains.get(name.removesuffix(".weight"), 1.0)
+        return orthogonal(shape, gain, generator) if gain else torch.zeros(shape)

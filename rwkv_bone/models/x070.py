@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..ops.recompute import recompute_in_backward
 from ..ops.wkv7 import recurrence, wkv7
 from .base import GGUFTensor, WebNames
-from .rwkv import RWKV, LayerState, RWKVSizes, cast, linear, shift_difference, squared_relu
+from .rwkv import RWKV, RWKVSizes, cast, linear, orthogonal, shift_difference, squared_relu
 
 LN_X_EPS = 64e-5  # for every head size
 KK_EPS = 1e-12
@@ -182,35 +182,11 @@ class ChannelMix(nn.Module):
             return self.value(k), x.select(1, -1)
 
 
-class Block(nn.Module):
-    def __init__(self, sizes: RWKV7Sizes, layer: int):
-        super().__init__()
-        self.ln1 = nn.LayerNorm(sizes.n_embd)
-        self.ln2 = nn.LayerNorm(sizes.n_embd)
-        self.first = layer == 0
-        if self.first:
-            self.ln0 = nn.LayerNorm(sizes.n_embd)
-        self.att = TimeMix(sizes, layer)
-        self.ffn = ChannelMix(sizes)
-
-    def forward(
-        self, x: Tensor, carry: Tensor | None, state: LayerState | None, reset: Tensor | None = None, op: str = "auto"
-    ) -> tuple[Tensor, Tensor, LayerState]:
-        """`carry` is v_first (B, T, C), None before layer 0."""
-        if self.first:
-            x = self.ln0(x)
-        shift, wkv, ffn_shift = state or (None, None, None)
-        delta, carry, shift, wkv = self.att(self.ln1(x), carry, shift, wkv, reset, op)
-        x = x + delta
-        delta, ffn_shift = self.ffn(self.ln2(x), ffn_shift, reset)
-        return x + delta, carry, LayerState(shift, wkv, ffn_shift)
-
-
 class RWKV7(RWKV):
     """An RWKV-7 language model; `LayerState.wkv` is indexed [value, key]."""
 
     version, title = "x070", "RWKV-7 (x070)"
-    Sizes, Block, recurrence = RWKV7Sizes, Block, recurrence
+    Sizes, TimeMix, ChannelMix, recurrence = RWKV7Sizes, TimeMix, ChannelMix, recurrence
     state_rate = 1e-3  # small models gain most at 0.3 to 1, which users found to destroy large ones: state-rate-cpu.md
     gguf_architecture = "rwkv7"
     gguf_lerps = tuple(f"att.x_{name}" for name in LERPS)
@@ -297,55 +273,38 @@ class RWKV7(RWKV):
         return RWKV7Sizes(**{**sizes, "dim_att": C, "dim_ffn": sizes.get("dim_ffn", 4 * C)})
 
     @classmethod
-    def initial_values(cls, sizes: RWKV7Sizes, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """RWKV-LM's initial value of each parameter (RWKV-v7/train_temp/src/model.py: RWKV_Tmix_x070, generate_init_weight)."""
-        V, C, L, N = sizes.vocab_size, sizes.n_embd, sizes.n_layer, sizes.head_size
+    def initial_value(
+        cls, name: str, shape: tuple[int, ...], layer: int, sizes: RWKV7Sizes, generator: torch.Generator | None
+    ) -> Tensor:
+        """RWKV-v7/train_temp/src/model.py: RWKV_Tmix_x070, RWKV_CMix_x070."""
+        C, L, N = sizes.n_embd, sizes.n_layer, sizes.head_size
         powers = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
         channel = torch.arange(C) / C  # 0 to almost 1
         whole = torch.arange(C) / max(C - 1, 1)  # 0 to 1
         linear = whole - 0.5
         zigzag = (torch.arange(C) % N) / max((N - 1) / 2, 0.5) - 1  # in each head -1 to 1
         zigzag = zigzag * zigzag.abs()
-
-        def orthogonal(shape: tuple[int, ...], gain: float) -> Tensor:
-            return nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
-
-        for key, shape in cls.shapes(sizes).items():
-            layer = int(key.split(".")[1]) if key.startswith("blocks.") else 0
-            name = key.split(".", 2)[2] if key.startswith("blocks.") else key
-            depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
-            rest = 1 - layer / L  # 1 to almost 0
-            match name.removeprefix("att."):
-                case "emb.weight":
-                    value = torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
-                case "head.weight":
-                    value = orthogonal(shape, 0.5 * max(1.0, math.sqrt(V / C)))
-                case "x_r" | "x_w" | "x_k" | "x_v" | "x_a" | "x_g" as lerp:
-                    value = 1 - channel ** (powers[lerp] * rest)
-                case "ffn.x_k":
-                    value = 1 - channel ** (rest**4)
-                case "w0":
-                    value = -6 + 6 * whole ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
-                case "a0":
-                    value = -0.19 + 0.3 * zigzag + 0.4 * linear
-                case "v0":
-                    value = 0.73 - 0.4 * linear
-                case "k_k":
-                    value = 0.71 - 0.1 * linear
-                case "k_a":
-                    value = torch.full(shape, 1.02)
-                case "r_k":
-                    value = torch.full(shape, -0.04)
-                case "w2" | "a2" | "v2" | "g2":
-                    value = orthogonal(shape, 0.1 * max(1.0, math.sqrt(shape[0] / shape[1])))
-                case "ln_x.weight":
-                    value = torch.full(shape, ((1 + layer) / L) ** 0.7)
-                case "key.weight":
-                    value = orthogonal(shape, 0.1)
-                case "receptance.weight" | "value.weight" | "ffn.key.weight":
-                    value = orthogonal(shape, 1.0)
-                case "output.weight" | "ffn.value.weight" | "w1" | "a1" | "v1" | "g1" | "time_state":
-                    value = torch.zeros(shape)
-                case _:  # the norms
-                    value = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-            yield key, value.view(shape)
+        depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
+        rest = 1 - layer / L  # 1 to almost 0
+        match name.removeprefix("att."):
+            case "x_r" | "x_w" | "x_k" | "x_v" | "x_a" | "x_g" as lerp:
+                return 1 - channel ** (powers[lerp] * rest)
+            case "ffn.x_k":
+                return 1 - channel ** (rest**4)
+            case "w0":
+                return -6 + 6 * whole ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
+            case "a0":
+                return -0.19 + 0.3 * zigzag + 0.4 * linear
+            case "v0":
+                return 0.73 - 0.4 * linear
+            case "k_k":
+                return 0.71 - 0.1 * linear
+            case "k_a":
+                return torch.full(shape, 1.02)
+            case "r_k":
+                return torch.full(shape, -0.04)
+            case "w2" | "a2" | "v2" | "g2":
+                return orthogonal(shape, 0.1 * max(1.0, math.sqrt(shape[0] / shape[1])), generator)
+            case "key.weight" | "receptance.weight" | "value.weight" | "ffn.key.weight" as projection:
+                return orthogonal(shape, 0.1 if projection == "key.weight" else 1.0, generator)
+        return torch.zeros(shape)  # output, ffn.value, the LoRAs' first matrices, the initial state

@@ -1,6 +1,5 @@
 """What is said at a run's end, all of it from the run's own files: how the loss went, what it took, what to do next."""
 
-import json
 import math
 import os
 import sys
@@ -29,9 +28,9 @@ class Course(NamedTuple):
 
     @classmethod
     def of(cls, folder: RunFolder, config: TrainConfig) -> "Course":
-        lines = read_lines(folder / "loss_data.jsonl")
+        lines = folder.lines("loss_data.jsonl")
         first, last = first_and_last([line["loss"] for line in lines], [line["trained"] for line in lines])
-        measures = read_lines(folder / "val_data.jsonl")
+        measures = folder.lines("val_data.jsonl")
         held_out = [Held(m["step"], m.get("epoch", config.epoch_begin), m["loss"]) for m in measures]
         return cls(lines, first, last, held_out, samples.read_samples(folder))
 
@@ -46,10 +45,6 @@ class Course(NamedTuple):
     @property
     def trained(self) -> int:
         return sum(line["trained"] for line in self.steps)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def peak_bytes(device: str) -> int:

@@ -69,14 +69,11 @@ class Logs:
             self.row(dict(zip(COLUMNS, COLUMNS)))
         if not self.files["train_log.txt"].tell():
             self.write("train_log.txt", "# epoch, loss, perplexity, learning rate, date, time, seconds")
-        earlier, held_out = (
-            [json.loads(line) for line in (folder / name).read_text().splitlines()]
-            for name in ("loss_data.jsonl", "val_data.jsonl")
-        )
+        earlier = folder.lines("loss_data.jsonl")
         self.others = other_loggers(config, folder)
         for line in earlier:
             self.to_others({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens")}, line["step"])
-        for line in held_out:
+        for line in folder.lines("val_data.jsonl"):
             self.to_others({"val_loss": line["loss"]}, line["step"])
         self.start, self.total, self.stream = step, total, sys.stdout
         self.loss = RunningLoss((line["loss"], line["trained"]) for line in earlier)

@@ -72,6 +72,11 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What the log `name` holds; nothing where it is not there."""
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     def save(self) -> None:
         new = self.path / f"{RECORD}.new"  # one name, whatever process is killed here: the next one writes over it
         try:

@@ -4,7 +4,6 @@ Each answer is a line of samples.jsonl, {"step", "prompt", "text"}; step 0 is be
 them differ by what was learnt alone; they take no random number, and change nothing of the training.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from ..config import TrainConfig
 from ..data.templates import Template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
+from ..generate.chat import as_asked
 from ..generate.sampling import GREEDY, generate
 from ..models import LanguageModel
 from .loader import TrainingData
@@ -48,13 +48,10 @@ class Sampler:
     @torch.no_grad()
     def ask(self, model: LanguageModel, step: int) -> list[Sample]:
         """The model's answers. It is left in training mode."""
-        texts: list[str | list[int]] = list(self.prompts)
+        texts: list[Any] = list(self.prompts)
         stops: tuple[str, ...] = ()
         if self.template is not None:
-            asked = [self.template.prompt([{"role": "user", "content": prompt}]) for prompt in self.prompts]
-            # one that is whole has written the beginning of the document
-            texts = [self.tokenizer.encode(text) for text in asked] if self.template.whole else list(asked)
-            stops = self.template.stops
+            texts, stops = as_asked(self.template, self.tokenizer, texts), self.template.stops
         model.eval()
         try:
             answers = generate(model, self.tokenizer, texts, GREEDY, TOKENS, stops)
@@ -65,9 +62,7 @@ class Sampler:
 
 def read_samples(folder: RunFolder) -> list[Sample]:
     """All answers of a run so far, in order."""
-    path = folder / FILE
-    lines: list[Any] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [Sample(**line) for line in lines]
+    return [Sample(**line) for line in folder.lines(FILE)]
 
 
 def first_and_last(samples: list[Sample]) -> list[tuple[str, str, str]]:

@@ -3,7 +3,6 @@
 Where a resumed run stands (its best loss, how long ago that was) is read from the log, cut to the step it is resumed from.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +28,7 @@ class Best:
     @classmethod
     def of_log(cls, folder: RunFolder, step: int) -> "Best":
         """As it stood after that step; a measure before the first step is of no adapter."""
-        path = folder / "val_data.jsonl"
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        return cls([measure["loss"] for measure in map(json.loads, lines) if 0 < measure["step"] <= step])
+        return cls([measure["loss"] for measure in folder.lines("val_data.jsonl") if 0 < measure["step"] <= step])
 
     def note(self, loss: float) -> bool:
         """Whether that is the lowest loss so far."""
