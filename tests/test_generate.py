@@ -46,6 +46,12 @@ def test_the_model_for_sampling_computes_the_same_from_the_same_tensors(method, 
     with torch.no_grad():
         model.head.weight.mul_(2)
     assert torch.equal(quick(idx)[0], model(idx)[0])
+    with torch.no_grad():  # one token after the other has a way of its own
+        (want, want_state), (got, state) = model(idx), quick(idx[:, :1])
+        for t in range(1, 12):
+            got, state = quick(idx[:, t : t + 1], state)
+    torch.testing.assert_close(got[:, 0], want[:, -1])
+    torch.testing.assert_close(state, want_state)
     model.head.register_forward_hook(lambda *_: None)
     assert model.for_sampling() is model
 

@@ -77,13 +77,13 @@ class Guarded:
     def __init__(self):
         self.whole = []
 
-    def __call__(self, shape, dtype):
-        size = torch.Size(shape).numel()
-        self.whole.append((torch.full((size + 2 * self.MARGIN,), torch.nan, dtype=dtype), size))
-        return self.whole[-1][0][self.MARGIN : self.MARGIN + size].view(shape)
+    def __call__(self, like, shape=None):
+        shape = like.shape if shape is None else torch.Size(shape)
+        self.whole.append((torch.full((shape.numel() + 2 * self.MARGIN,), torch.nan, dtype=like.dtype), shape.numel()))
+        return self.whole[-1][0][self.MARGIN :][: shape.numel()].view(shape)
 
     def copy(self, x):
-        return x if x is None or x.dtype == torch.bool else self(x.shape, x.dtype).copy_(x)
+        return x if x is None or x.dtype == torch.bool else self(x).copy_(x)
 
     def untouched(self):
         return all(x[: self.MARGIN].isnan().all() and x[self.MARGIN + size :].isnan().all() for x, size in self.whole)

@@ -196,7 +196,7 @@ class LanguageModel(nn.Module):
         return other
 
     def for_sampling(self) -> "LanguageModel":
-        """The same tensors and forward pass at less cost a call, for as long as the modules stay as they are."""
+        """The same model, at less cost a call, for as long as its tensors and modules stay as they are."""
         return self
 
     # ------------------------------------------------ what parameters are

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
 from ..ops.recompute import recompute_in_backward
@@ -22,6 +23,7 @@ from .base import GGUFTensor, WebNames
 from .rwkv import RWKV, RWKVSizes, cast, linear, orthogonal, shift_difference, squared_relu
 
 LN_X_EPS = 64e-5  # for every head size
+LEAST_LOG_W = -math.exp(-0.5)
 KK_EPS = 1e-12
 LERPS = "rwkvag"  # the inputs of the time mixing, in the order of the file
 RANKS = {"w": "d_decay_lora", "a": "d_aaa_lora", "v": "d_mv_lora", "g": "d_gate_lora"}
@@ -49,10 +51,23 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
+def one_token(x: Tensor, shift: Tensor | None, reset: Tensor | None) -> bool:
+    """Whether x (B, T, C) is one token of each row after others, without gradients: what `forward_one` is for."""
+    return x.shape[1] == 1 and shift is not None and reset is None and not torch.is_grad_enabled()
+
+
 class TimeMix(nn.Module):
     v0: Tensor
     v1: Tensor
     v2: Tensor
+    mix: Tensor  # this and the next ones: see `prepare`
+    down: Tensor
+    up: Tensor
+    offsets: Tensor
+    scales: Tensor
+    minus_k_k: Tensor
+    minus_k_a: Tensor
+    rest_k_a: Tensor
 
     def __init__(self, sizes: RWKV7Sizes, layer: int):
         super().__init__()
@@ -162,6 +177,58 @@ class TimeMix(nn.Module):
         with recompute_in_backward(self.gated, y, g, trained=own) as (gated,):
             return self.output(gated), v_first, x.select(1, -1), wkv
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """For `forward_one`: x_* (7, 1, C) of r, k, v and the LoRAs w, a, v, g; the LoRAs' matrices (4, C, D) and (4, D, C),
+        padded with zeros to the largest D; offsets (3, 1, C) and scales (3, 1, 1) of w, a and v. In layer 0 without the LoRA v.
+        """
+        loras = "wag" if self.first else "wavg"
+        self.mix = torch.stack([getattr(self, f"x_{name}")[0] for name in "rkv" + loras])
+        self.down = pad_sequence([getattr(self, f"{name}1").T for name in loras], batch_first=True).mT.contiguous()
+        self.up = pad_sequence([getattr(self, f"{name}2") for name in loras], batch_first=True)
+        offsets = torch.stack([getattr(self, f"{name}0")[0] for name in loras[:-1]])
+        self.offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        self.scales = self.offsets.new_tensor([LEAST_LOG_W, -1, 1][: len(offsets)]).view(-1, 1, 1)
+        self.minus_k_k, self.minus_k_a = -self.k_k.view_as(self.r_k), -self.k_a.view_as(self.r_k)
+        self.rest_k_a = 1 + self.minus_k_a
+
+    def forward_one(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor | None,
+        wkv: Tensor | None,
+        reset: Tensor | None = None,
+        op: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`forward`, for one token in half as many calls: they are what the time of a small model's token goes into."""
+        if not one_token(x, shift, reset):
+            return self.forward(x, v_first, shift, wkv, reset, op)
+        assert shift is not None and wkv is not None
+        B, T, C = x.shape
+        heads = (B, T, *self.r_k.shape)
+        x = x.view(B, C)
+        mixed = torch.lerp(x, cast(shift, x.dtype), self.mix)  # (7, B, C)
+        r, k, v = mixed[:3].unbind()
+        r, k, v = self.receptance(r).view(heads), self.key(k).view(heads), self.value(v).view(heads)
+        inside = torch.bmm(mixed[3:], self.down)  # (4, B, D)
+        inside[0].tanh_()
+        inside[-1].sigmoid_()
+        lora = torch.bmm(inside, self.up)  # (4, B, C)
+        gates = torch.sigmoid(lora[:-1] + self.offsets).mul_(self.scales).view(-1, *heads)
+        minus_a, *residual = cast(gates[1:], x.dtype).unbind()
+        minus_kk = k * self.minus_k_k
+        minus_kk /= torch.linalg.vector_norm(minus_kk, dim=-1, keepdim=True).clamp_min_(KK_EPS)
+        k = k * torch.addcmul(self.rest_k_a, minus_a, self.minus_k_a)
+        if v_first is None:
+            v_first = v.view(B, T, C)
+        else:
+            v = torch.lerp(v, v_first.view(heads), *residual)
+        state = cast(wkv, gates.dtype).contiguous()
+        y, wkv = recurrence.unchecked((r, gates[0], k, v, minus_kk, minus_kk * minus_a, state, None), op)
+        y = torch.addcmul(self.ln_x(y.view(B, C)).view(heads), (r * k * self.r_k).sum(-1, keepdim=True), v)
+        return self.output(y.view(B, C) * lora[-1]).view(B, T, C), v_first, x, wkv
+
 
 class ChannelMix(nn.Module):
     def __init__(self, sizes: RWKV7Sizes):
@@ -180,6 +247,19 @@ class ChannelMix(nn.Module):
             k = self.key(xk)  # (B, T, F)
         with recompute_in_backward(squared_relu, k) as (k,):
             return self.value(k), x.select(1, -1)
+
+    def prepare(self) -> None:
+        self.mix = self.x_k.view(-1)
+
+    def forward_one(self, x: Tensor, shift: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, for one token in fewer calls."""
+        if not one_token(x, shift, reset):
+            return self.forward(x, shift, reset)
+        assert shift is not None
+        B, T, C = x.shape
+        x = x.view(B, C)
+        k = self.key(torch.lerp(x, cast(shift, x.dtype), self.mix))
+        return self.value(torch.relu(k).square_()).view(B, T, C), x
 
 
 class RWKV7(RWKV):

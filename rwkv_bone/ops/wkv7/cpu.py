@@ -19,9 +19,9 @@ HEAD: list[Any] = [INT, INT, *[SIZE] * 4]  # dtypes of r and of log_w, B, T, H, 
 kernels = Kernels("wkv7", {"forward": HEAD + [POINTER] * 11, "backward": HEAD + [POINTER] * 17})
 
 
-def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for a result, of which the kernel writes every element and nothing beside it."""
-    return torch.empty(shape, dtype=dtype)
+def new(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Memory for a result of `like`'s dtype and, usually, shape; the kernel writes every element and nothing beside it."""
+    return torch.empty_like(like) if shape is None else like.new_empty(shape)
 
 
 def describe(dtype: torch.dtype, N: int) -> str:
@@ -47,10 +47,9 @@ def forward(
     """y, the final state, and the states that backward needs (empty unless `save`)."""
     B, T, H, N = r.shape
     check_head(N)
-    y = new(r.shape, r.dtype)
-    state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    final_state = new((B, H, N, N), state_dtype)
-    saved = new(saved_shape(r) if save else (0,), state_dtype)
+    y = new(r)
+    final_state = new(torch.empty(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32)) if state is None else state)
+    saved = new(final_state, saved_shape(r) if save else (0,))
     kernels.call(
         "forward", DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
         r, log_w, k, v, a, b, state, reset, y, final_state, saved if save else None, variant=variant, threads=threads,
@@ -64,8 +63,8 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, log_w, k, v, a, b and state from those of y and of the final state."""
     B, T, H, N = r.shape
-    gradients = [new(x.shape, x.dtype) for x in (r, log_w, k, v, a, b)]
-    gstate = new((B, H, N, N), saved.dtype)
+    gradients = [new(x) for x in (r, log_w, k, v, a, b)]
+    gstate = new(saved, (B, H, N, N))
     kernels.call(
         "backward", DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N,
         r, log_w, k, v, a, b, reset, saved, gy, gfinal, *gradients, gstate, variant=variant, threads=threads,
