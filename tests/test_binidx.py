@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rwkv_bone.data import binidx
 from rwkv_bone.data.binidx import HEADER, MAGIC, BinidxDocuments, BinidxWriter
+from rwkv_bone.data.documents import Documents
 from rwkv_bone.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "../shared/data/binidx"
@@ -54,7 +55,7 @@ def test_golden_documents_are_read_token_for_token(name):
     docs = BinidxDocuments(GOLDEN / name)
     assert [docs[i].tolist() for i in range(len(docs))] == wanted["docs"]
     assert docs.dtype.name == PAIRS[name]
-    assert docs.doc_idx.tolist() == wanted["doc_idx"] and docs.doc_count == wanted["n"] == len(docs)
+    assert docs.doc_idx.tolist() == wanted["doc_idx"] and len(docs) == wanted["n"]
     assert docs.total_tokens == sum(map(len, wanted["docs"])) and docs.sizes.tolist() == list(map(len, wanted["docs"]))
 
 
@@ -79,7 +80,7 @@ def test_documents_and_masks_survive_writing(tmp_path_factory, docs, dtype, data
     back = BinidxDocuments(prefix)
     assert [back[i].tolist() for i in range(len(back))] == docs and back.dtype.name == dtype
     full = [[True] * len(d) if m is None else m for d, m in zip(docs, masks)]
-    assert [back.mask_of(i).tolist() for i in range(len(back))] == full
+    assert [trained.tolist() for _, trained in Documents.from_binidx(prefix)] == full
     assert (back.mask is None) == all(map(all, full))
 
 
@@ -122,9 +123,8 @@ def test_permuted_and_empty_documents_are_read(tmp_path):
 
 
 def test_sequences_are_documents_where_doc_idx_groups_or_repeats(tmp_path):
-    docs = open_pair(tmp_path, build(borders=(0, 2, 2, 3)))
-    assert len(docs) == 3
-    assert open_pair(tmp_path, build(borders=(0, 3))).doc_count == 1
+    for borders in ((0, 2, 2, 3), (0, 3)):
+        assert len(open_pair(tmp_path, build(borders=borders))) == 3
 
 
 def test_a_pickled_reader_maps_the_files_again(tmp_path):
@@ -212,7 +212,8 @@ def test_damaged_files_give_documents_or_a_user_error(tmp_path_factory, changes,
     try:
         docs = open_pair(folder, index, data, mask)
         for i in range(len(docs)):
-            assert len(docs[i]) == docs.sizes[i] == len(docs.mask_of(i))
+            assert len(docs[i]) == docs.sizes[i]
+        assert docs.mask is None or len(docs.mask) == len(docs.tokens)
         assert docs.total_tokens <= len(docs) * len(docs.tokens)
     except UserError as error:
         assert "\n" not in str(error)
@@ -262,7 +263,7 @@ def test_a_crash_between_two_renames_never_shows_a_mixed_pair(tmp_path, monkeypa
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
     if (tmp_path / "x.idx").exists():
         docs = BinidxDocuments(tmp_path / "x")
-        assert docs[0].tolist() == [7, 8, 9] and docs.mask_of(0).tolist() == [False, True, True]
+        assert docs[0].tolist() == [7, 8, 9] and docs.mask.tolist() == [0, 1, 1]
     else:
         assert stop < 3
 

@@ -34,6 +34,16 @@ def test_odd_input_ends_in_success_or_one_line_and_touches_nothing_else(kind, wo
     assert len(lines) == fuzz.KINDS[kind]
 
 
+@pytest.mark.parametrize("flags", ["", "--dataload get", "--dataload pack", "--train_type infctx --chunk_ctx 16"])
+@pytest.mark.parametrize("size", ["1000000000", "99999999999999999999"])
+def test_a_huge_micro_batch_is_sized_at_once(size, flags, world, tmp_path):
+    """With the estimate of memory, which the cases above leave out."""
+    folder = tmp_path / "case"
+    shutil.copytree(world, folder)
+    code, said = fuzz.called([*fuzz.TRAIN[:-1], "--micro_bsz", size, "--overwrite", *flags.split()], folder)
+    assert code == 0 and "memory     about" in said, said
+
+
 @pytest.mark.parametrize(
     "name, command",
     [

@@ -1,5 +1,6 @@
 """What training is said to take before it begins is what it takes; and what is promised not to be kept is not."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,18 @@ def test_operations_without_values_take_what_torchs_own_rules_say(version, peft,
         with monkeypatch.context() as patch:
             patch.setattr(memory, "rule", lambda op: op)
             assert ours == pytest.approx(memory.step_bytes(model, 2, 64, config(**flags), 1), rel=0.01)
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_type": "infctx", "chunk_ctx": 32}])
+def test_of_many_rows_a_few_are_run_and_say_what_all_take(flags, monkeypatch):
+    model = new_model("x070", vocab_size=64, n_layer=1, n_embd=64)
+    inject(model, METHODS["bone"], METHODS["bone"].Config(8))
+    whole = sum(estimate(model, 48, 64, config(**flags)).values())
+    monkeypatch.setattr(memory, "TOKENS", 8 * 64)
+    assert sum(estimate(model, 48, 64, config(**flags)).values()) == pytest.approx(whole, rel=0.01)
+    began = time.process_time()
+    assert sum(estimate(model, 10**20, 64, config(**flags), cuda=True).values()) > 10**23
+    assert time.process_time() - began < 5
 
 
 def test_chunked_cross_entropy_takes_less_than_a_tenth_of_the_plain_one(monkeypatch):

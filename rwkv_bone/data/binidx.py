@@ -118,11 +118,6 @@ class BinidxDocuments:
         return len(self.sizes)
 
     @property
-    def doc_count(self) -> int:
-        """Documents by doc_idx: the same as `len` but in files that split documents into sentences."""
-        return len(self.doc_idx) - 1
-
-    @property
     def total_tokens(self) -> int:
         return int(self.sizes.sum(dtype=np.int64))
 
@@ -130,20 +125,12 @@ class BinidxDocuments:
     def starts(self) -> np.ndarray:
         return self._offsets // self.dtype.itemsize
 
-    def _place(self, i) -> slice:
+    def __getitem__(self, i) -> np.ndarray:
+        """Tokens of document i, (size,) of `dtype`, read-only, a view of the file."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         start = int(self._offsets[i]) // self.dtype.itemsize
-        return slice(start, start + int(self.sizes[i]))
-
-    def __getitem__(self, i) -> np.ndarray:
-        """Tokens of document i, (size,) of `dtype`, read-only, a view of the file."""
-        return self.tokens[self._place(i)]
-
-    def mask_of(self, i) -> np.ndarray:
-        """bool (size,): which tokens of document i are trained."""
-        place = self._place(i)
-        return np.ones(place.stop - place.start, bool) if self.mask is None else self.mask[place] != 0
+        return self.tokens[start : start + int(self.sizes[i])]
 
     def __reduce__(self):  # another process maps the files itself
         return BinidxDocuments, (self.prefix,)

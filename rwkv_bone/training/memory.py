@@ -30,6 +30,7 @@ from .strategies import BUCKET
 
 LAYERS = 3  # that are run: a layer more takes what the last of them took
 CHUNKS = 3  # of infctx that are run
+TOKENS = 1 << 19  # of a micro batch that are run at most: the time to run them grows with their number
 CUDA_ITSELF = 700 << 20  # context, kernels, workspaces of the libraries and of Bone
 
 
@@ -81,6 +82,16 @@ def on_meta(t: Tensor) -> Tensor:
 
 
 def step_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers: int) -> int:
+    """`run_bytes`, where there are too many rows to run them: a row more takes what the last ones took."""
+    length = min(T, CHUNKS * config.chunk_ctx) if config.train_type == "infctx" else T
+    most = max(2, TOKENS // length)
+    if most >= B:
+        return run_bytes(model, B, T, config, layers)
+    fewer, more = (run_bytes(model, rows, T, config, layers) for rows in (most // 2, most))
+    return more + (B - most) * (more - fewer) // (most - most // 2)
+
+
+def run_bytes(model: LanguageModel, B: int, T: int, config: TrainConfig, layers: int) -> int:
     """The most that forward and backward of a (B, T) batch take, gradients included, in a model of that many layers."""
     op = "torch" if model.execution.op == "torch" else "cpu" if model.runs_on_meta else "auto"
     short = model.shortened(layers).with_execution(op=op, grad_cp=config.grad_cp)
@@ -142,7 +153,7 @@ def estimate(model: LanguageModel, B: int, T: int, config: TrainConfig, world: i
         fewer, more = (step_bytes(model, B, T, config, layers) for layers in (LAYERS - 1, LAYERS))
         step = more + (L - LAYERS) * (more - fewer)
     if cuda:
-        step += (1 if config.grad_cp else L) * model.cuda_extra_bytes(B, T)
+        step += (1 if config.grad_cp else L) * B * model.cuda_extra_bytes(1, T)
     parts = {
         "base weights": bytes_of(p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad),
         "trained weights": bytes_of(trained) + 4 * low,

@@ -98,7 +98,8 @@ def describe(
     if device == "cuda" and base_dtype(config) == torch.bfloat16 and not native_bf16():
         cure = "--precision fp32 takes more memory and may be faster"
         lines.append(f"note       this GPU has no arithmetic in bf16: torch emulates it, which is slow; {cure}")
-    parts = estimate(model, config.micro_bsz, data.longest_row(), config, world, device == "cuda")
+    rows = min(config.micro_bsz, -(-len(data.samples) // world))  # no device has more
+    parts = estimate(model, rows, data.longest_row(), config, world, device == "cuda")
     detail = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items())
     lines.append(f"memory     about {in_bytes(sum(parts.values()))} a device: {detail}")
     last = config.epoch_begin + config.epoch_count - 1
