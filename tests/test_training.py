@@ -29,7 +29,7 @@ from rwkv_bone.training.outputs import RunFolder
 from rwkv_bone.training.run import main
 from tests.conftest import each_version
 from tests.independent import rwkv_package
-from tests.runs import arguments, losses, make_world, run_to_end
+from tests.runs import ROOT, arguments, losses, make_world, run_to_end
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,20 @@ def train(folder: Path, *flags, name: str = "run", **more) -> str:
 @pytest.fixture(scope="module")
 def finished(world):
     return train(world, "--epoch_count", 3, picture=True)
+
+
+@pytest.mark.parametrize("peft", ["bone", "none"])
+def test_a_run_does_not_import_torchs_compiler(peft, world):
+    """It takes longer to import than torch itself. `none`: with masters of bf16 weights, and resumed."""
+    code = (
+        "import sys; from rwkv_bone.training.run import main; main(sys.argv[1:]);"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy', 'lightning', 'deepspeed'} & {*sys.modules}))"
+    )
+    for more in (["--epoch_count", 1], ["--epoch_count", 2, "--resume", "auto"]):
+        flags = ["--peft", peft, "--epoch_steps", 2, "--op", "cpu", "--precision", "bf16", *more]
+        argv = [sys.executable, "-c", code, *arguments(world, *flags, name=f"imports {peft}")]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout[-2000:] + done.stderr
 
 
 def test_before_the_first_step_all_that_matters_is_printed(world, finished):

@@ -39,6 +39,13 @@ class Input:
 STATE = Input("state", "BHNN", "compute", optional=True)
 
 
+def mark_as_opaque(op) -> None:
+    """What torch's compiler would mark at the op's first call, for which torch imports it: two seconds that nobody needs."""
+    for function in getattr(op, "_backend_fns", {}).values():
+        if wrapped := getattr(function, "__wrapped__", None):
+            wrapped.__dynamo_disable = wrapped  # where torch/_compile.py looks first
+
+
 class Recurrence:
     """The op `name`. `inputs`: those after r, STATE among them. `reference`, `chunked`: the definition for few tokens and the
     form in matrix products for more than 16, which take the inputs in order; `fla`: the same by flash-linear-attention's
@@ -215,4 +222,6 @@ class Recurrence:
             return *found, None
 
         forward.register_autograd(autograd, setup_context=setup_context)
+        for op in (forward, backward):
+            mark_as_opaque(op)
         self.op, self.backward_op = forward, backward

@@ -3,6 +3,7 @@
 `OPTIMISERS` is the registry: one line for each.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,8 +24,18 @@ class Entry(NamedTuple):
     bytes: int  # of its state for each trained parameter
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, whose methods are wrapped in what its compiler needs and what imports that, for two seconds: here they are not."""
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        inspect.unwrap(getattr(torch.optim.AdamW, name))
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    )
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
+    return AdamW(
         groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )
 

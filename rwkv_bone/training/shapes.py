@@ -135,6 +135,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm_backward.default: norm_backward,
     aten.native_group_norm_backward.default: norm_backward,
     aten.log_sigmoid_forward.default: lambda x: (like(x), like(x)),
+    aten.log_sigmoid_backward.default: lambda g, x, _: like(x),
     aten.gather.default: lambda x, dim, index, **_: empty(index.shape, x.dtype),
     aten.embedding.default: lambda weight, idx, *_: empty((*idx.shape, weight.shape[1]), weight.dtype),
     aten.embedding_dense_backward.default: lambda g, idx, rows, *_: empty((rows, g.shape[-1]), g.dtype),
