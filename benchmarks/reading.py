@@ -3,8 +3,8 @@
     python benchmarks/reading.py [--mb 300] [--data ../shared/data/gsm8k/train.jsonl] [--before FOLDER] [--out FILE]
 
 The rows are those of --data, over and over. --before is a folder with an earlier version of the package, measured in the same
-run; each version converts on one process and on two, and its three files are compared with the other's. The last line is what
-pyrwkv-tokenizer takes for the same texts alone, on one thread: no conversion on one thread can be faster.
+run; each version converts on one process and on two, and its three files are compared with the other's. The last lines
+say where the time goes, and what pyrwkv-tokenizer takes for the same texts alone: no conversion on one thread can be faster.
 """
 
 import argparse
@@ -34,29 +34,49 @@ documents = open_documents(sys.argv[1], tokenizer=open_tokenizer())
 Samples(documents, "chunk", 512)
 print("measured", time.perf_counter() - start, open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
-TOKENIZE = """
+PARTS = """
 import json, sys, time
-import pyrwkv_tokenizer
-tokenizer = pyrwkv_tokenizer.RWKVTokenizer().tokenizer
-rows = [json.loads(line) for line in open(sys.argv[1])][:50_000]
-texts = [text for row in rows for text in (f"User: {row['question']}\\n\\nAssistant:", f" {row['answer']}")]
-start = time.perf_counter()
-tokenizer.encode_batch(texts)
-share = sum(len(json.dumps(row)) for row in rows)
-print("measured", time.perf_counter() - start, share)
+from itertools import chain
+import numpy as np
+from rwkv_bone.data.encode import RowEncoder
+from rwkv_bone.data.files import read_batches
+from rwkv_bone.data.rows import Tally
+from rwkv_bone.data.templates import BORDER, CHANGED
+from rwkv_bone.data.tokenizer import open_tokenizer
+encoder, tally, parts, size = RowEncoder(open_tokenizer()), Tally(), {}, 0
+def timed(part, function, *args):
+    start = time.process_time()
+    result = function(*args)
+    parts[part] = parts.get(part, 0.0) + time.process_time() - start
+    return result
+for batch in read_batches([sys.argv[1]]):
+    rows = timed("JSON", lambda: [row for _, row in batch.rows()])
+    talks = timed("recognising rows", lambda: [encoder.reader(row, tally) for row in rows])
+    texts = timed("templates", encoder.template.render, talks)
+    stretches = [piece for text in texts for piece in text.replace(CHANGED, "").split(BORDER)]
+    ids = timed("tokenizer", encoder.tokenizer.encode_batch, stretches)
+    timed("arrays", lambda: np.fromiter(chain.from_iterable(ids), np.uint16, sum(map(len, ids))))
+    timed("all", encoder.encode, batch)
+    size += len(batch.content)
+    if size > 30e6:
+        break
+parts["the rest"] = 2 * parts["all"] - sum(parts.values())
+print("; ".join(f"{part} {1e9 * seconds / size:.1f}" for part, seconds in parts.items()))
+print("measured", parts["tokenizer"], size)
 """
 
 
-def measure(program: str, folder: Path, *args, **environment) -> tuple[float, int, float]:
-    """Seconds, what the program prints last, CPU seconds (the ones to compare on a busy machine)."""
+def measure(program: str, folder: Path, *args, **environment) -> tuple[float, int, float, str]:
+    """Seconds, what the program prints last, CPU seconds (the ones to compare on a busy machine), what it prints before."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     argv = [sys.executable, "-c", program, *map(str, args)]
     done = subprocess.run(argv, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), **environment}, check=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
-    seconds, number = done.stdout.split("measured")[1].split()
+    said, measured = done.stdout.split("measured")
+    seconds, number = measured.split()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return float(seconds), int(number), cpu
+    return float(seconds), int(number), cpu, said.strip()
 
 
 def main() -> None:
@@ -81,13 +101,14 @@ def main() -> None:
                 ("jsonl_to_binidx, 2 processes", CONVERT, (folder / f"{label}2", 2)),
                 ("open_documents and Samples", OPEN, ()),
             ):
-                seconds, peak, cpu = measure(program, root, path, *options)
+                seconds, peak, cpu, _ = measure(program, root, path, *options)
                 lines.append(f"{label:7}{what:27}{seconds:8.1f}{rows / seconds:12,.0f}{size / seconds:8.1f}"
                              f"{cpu:8.1f}{peak / 1024:10.0f}")  # fmt: skip
                 print(lines[-1], flush=True)
         for first in sorted(folder.glob("*1.*")):
             assert first.read_bytes() == (folder / f"now2{''.join(first.suffixes)}").read_bytes(), f"{first.name} differs"
-        seconds, share, _ = measure(TOKENIZE, ROOT, path, RAYON_NUM_THREADS="1")
+        seconds, share, _, said = measure(PARTS, ROOT, path, RAYON_NUM_THREADS="1")
+        lines.append(f"CPU ms a MB of jsonl, on one thread: {said}")
         lines.append(f"pyrwkv-tokenizer alone: {share / 1e6 / seconds:.1f} MB/s of jsonl on one thread")
     print("\n".join(lines))
     if args.out:
