@@ -34,14 +34,6 @@ from rwkv_bone.generate import GREEDY, Completion, generate
 BYTES = ByteTokenizer(257)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small are slower on more
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -29,14 +29,6 @@ UTF16 = ByteTokenizer(256, "utf-16-le")
 BYTES = ByteTokenizer(257)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small are slower on more
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("method", "version"), [*((name, "x070") for name in METHODS), ("lora", "x060")])
 def test_the_model_for_sampling_computes_the_same_from_the_same_tensors(method, make_model):
     model = make_model(dtype=torch.float32)

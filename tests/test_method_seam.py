@@ -12,15 +12,6 @@ from rwkv_bone.peft import METHODS, adapter_tensors, adapters, attach, disabled,
 from rwkv_bone.peft.adapter import FrozenLinear
 from rwkv_bone.peft.quant import quantise, quantise_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 every_method = pytest.mark.parametrize("name", METHODS)
 
 

@@ -18,15 +18,6 @@ SHAPES = [(8, 12, 4), (10, 14, 4), (14, 9, 4), (64, 32, 16), (12, 16, 1)]  # out
 SHIFTED = ("pissa", "olora", "lora_ga")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small are done before a second thread has woken."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def by_blocks(W, B, by_column):
     """W_ij + W_ij B + B for each r x r block, B chosen by the block's row i or its column j; W padded with zeros."""
     (out, in_), r = W.shape, B.shape[-1]

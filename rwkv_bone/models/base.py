@@ -5,6 +5,7 @@ A model is one file of this folder: a subclass of `LanguageModel`, a frozen data
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -203,7 +204,8 @@ class LanguageModel(nn.Module):
 
     def part_of(self, name: str) -> str:
         """The part that a parameter belongs to, for tables: one of `full_parts`, or a layer's name within its block."""
-        raise NotImplementedError
+        found = (part for part in self.full_parts if self.in_part(name, part))
+        return next(found, re.sub(r"^\D+\.\d+\.|\.(weight|bias)$", "", name))
 
     @classmethod
     def in_part(cls, name: str, part: str) -> bool:

@@ -14,7 +14,6 @@ import inspect
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -233,12 +232,6 @@ class HF(LanguageModel):
         raise UserError(f"a new {self.title} is not made here; give --load_model FOLDER")
 
     # ------------------------------------------------ what parameters are
-
-    def part_of(self, name: str) -> str:
-        for part in self.full_parts:
-            if self.in_part(name, part):
-                return part
-        return re.sub(r"^model\.layers\.\d+\.|\.(weight|bias)$", "", name)
 
     @classmethod
     def in_part(cls, name: str, part: str) -> bool:

@@ -219,12 +219,6 @@ class RWKV(LanguageModel):
 
     # ------------------------------------------------ what parameters are
 
-    def part_of(self, name: str) -> str:
-        for part in self.full_parts:
-            if self.in_part(name, part):
-                return part
-        return re.sub(r"^blocks\.\d+\.|\.weight$", "", name)
-
     @classmethod
     def in_part(cls, name: str, part: str) -> bool:
         match part:
