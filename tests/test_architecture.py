@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,12 @@ def test_rooms_import_in_one_direction(importing):
 def test_a_heavy_package_is_imported_in_one_place(package, home):
     users = {module for module in SOURCES if package in {name.split(".")[0] for name in imports_of(module)}}
     assert all(f"{module}.".startswith(f"rwkv_bone.{home}.") for module in users), users
+
+
+def test_sampling_evaluating_and_plotting_need_none_of_them():
+    rooms = "rwkv_bone.generate.command, rwkv_bone.evaluate.command, rwkv_bone.plot"
+    code = f"import sys, {rooms}; print({{'lightning', 'deepspeed', 'transformers', 'matplotlib'}} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_no_import_goes_in_a_circle():

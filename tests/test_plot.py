@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -198,8 +197,3 @@ def test_the_line_ends_at_the_smoothed_loss_that_a_terminal_shows(make_run, tmp_
 def test_a_run_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none: No such file"):
         read_run(tmp_path / "none")
-
-
-def test_importing_it_imports_no_matplotlib():
-    code = "import sys, rwkv_bone.plot; print({'lightning', 'deepspeed', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
