@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -108,9 +107,9 @@ def waited(process, seconds: float, said: Callable[[], str] = str) -> int:
     return process.exitcode
 
 
-def redirect(out, into=os.devnull) -> None:
-    """What this process says from now on goes into the file `out`, and it reads the file `into`."""
-    for number, file in enumerate((open(into), out, out)):  # noqa: SIM115
+def redirect(out, err=None, into=os.devnull) -> None:
+    """What this process says from now on goes into the files `out` and `err` (None: out), and it reads the file `into`."""
+    for number, file in enumerate((open(into), out, err or out)):  # noqa: SIM115
         os.dup2(file.fileno(), number)
     sys.stdin, sys.stdout, sys.stderr = (open(n, "rww"[n], buffering=1, closefd=False) for n in range(3))  # noqa: SIM115
 
@@ -188,20 +187,25 @@ class DieAt:
         sys.addaudithook(hook)
 
 
-def program(words: list, folder: Path, stdin: str = "") -> tuple[int, str]:
-    """`python WORDS...` in `folder`, without the seconds that importing takes: its exit code and what it says."""
+class Done(NamedTuple):
+    returncode: int  # negative: the signal that killed it
+    stdout: str
+    stderr: str
+
+
+def program(words: list, folder: Path, stdin: str = "") -> Done:
+    """`python WORDS...` in `folder`, without the seconds that importing takes."""
     with tempfile.TemporaryDirectory() as talk:
-        asked, said = Path(talk) / "in", Path(talk) / "out"
-        asked.write_text(stdin)
-        process = server().Process(target=run_program, args=(list(map(str, words)), folder, asked, said))
+        (Path(talk) / "in").write_text(stdin)
+        process = server().Process(target=run_program, args=(list(map(str, words)), folder, Path(talk)))
         process.start()
-        return waited(process, 300), said.read_text()
+        return Done(waited(process, 300), *((Path(talk) / name).read_text() for name in ("out", "err")))
 
 
-def run_program(words: list[str], folder: Path, asked: Path, said: Path) -> None:
+def run_program(words: list[str], folder: Path, talk: Path) -> None:
     """The body of that process."""
-    with open(said, "w") as file:
-        redirect(file, into=asked)
+    with open(talk / "out", "w") as out, open(talk / "err", "w") as err:
+        redirect(out, err, talk / "in")
     os.chdir(folder)
     torch.set_num_threads(1)
     if words[0] == "-m":
@@ -212,11 +216,12 @@ def run_program(words: list[str], folder: Path, asked: Path, said: Path) -> None
         runpy.run_path(words[0], run_name="__main__")
 
 
-def forked(work) -> SimpleNamespace:
-    """`work()` in a copy of this process: its returncode (negative for the signal that killed it) and stdout."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = multiprocessing.get_context("fork").Process(target=lambda: (redirect(out), work()))
+def forked(work) -> Done:
+    """`work()` in a copy of this process."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = multiprocessing.get_context("fork").Process(target=lambda: (redirect(out, err), work()))
         process.start()
         code = waited(process, 120)  # it may wait for a thread that the copy does not have
-        out.seek(0)
-        return SimpleNamespace(returncode=code, stdout=out.read())
+        for file in (out, err):
+            file.seek(0)
+        return Done(code, out.read(), err.read())

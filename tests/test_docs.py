@@ -80,9 +80,9 @@ def run_command(command: str, folder: Path) -> str:
         words[0] = str(ROOT / words[0])
     if "--devices" in words or re.search(r"\bg1-[\d.]+b.pth", command):
         words.append("--dry_run")
-    code, said = program(words, folder, "hello\n")
-    assert code == 0, command + said
-    return said
+    done = program(words, folder, "hello\n")
+    assert done.returncode == 0, command + done.stdout + done.stderr
+    return done.stdout
 
 
 def run_page(name: str, folder: Path) -> int:

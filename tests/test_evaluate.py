@@ -622,5 +622,5 @@ def test_a_broken_problem_is_told_by_its_line(gsm8k, tmp_path, line, message):
 
 
 def test_the_module_runs_as_a_program(tmp_path):
-    code, help_text = program(["-m", "rwkv_bone.evaluate", "--help"], tmp_path)
-    assert code == 0 and "gsm8k" in help_text and "loss" in help_text
+    done = program(["-m", "rwkv_bone.evaluate", "--help"], tmp_path)
+    assert done.returncode == 0 and "gsm8k" in done.stdout and "loss" in done.stdout

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from rwkv_bone.data.files import find_files
 from rwkv_bone.data.jsonl_to_binidx import convert
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.errors import UserError
-from tests.runs import ROOT, forked
+from tests.runs import Done, forked, program
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -180,11 +179,9 @@ def test_an_endless_line_is_not_read_to_its_end(tmp_path, monkeypatch):
 # --- the command
 
 
-def command(*args, cwd=None) -> subprocess.CompletedProcess:
-    """A process of its own: a fork would wait for ever for the World tokenizer's threads, which it does not have."""
-    argv = [sys.executable, "-m", "rwkv_bone.data.jsonl_to_binidx", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+def command(*args, cwd=Path()) -> Done:
+    """From the server: a fork would wait for ever for the World tokenizer's threads, which it does not have."""
+    return program(["-m", "rwkv_bone.data.jsonl_to_binidx", *args], cwd)
 
 
 @shared
@@ -289,7 +286,7 @@ def test_a_run_that_is_stopped_leaves_no_file_of_that_name_and_no_process(tmp_pa
     assert not [child for child in children if os.path.exists(f"/proc/{child}")], "workers outlive the command"
 
 
-def killed(after: int, *args) -> SimpleNamespace:
+def killed(after: int, *args) -> Done:
     """Run the command with a save after each small batch and SIGKILL at its `after`-th batch; 0: to the end."""
     reports = itertools.count(1)
 

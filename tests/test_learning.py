@@ -4,9 +4,7 @@ import contextlib
 import io
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 import types
 
@@ -22,7 +20,7 @@ from rwkv_bone.training.outputs import RunFolder
 from rwkv_bone.training.run import main
 from rwkv_bone.training.samples import Sampler
 from rwkv_bone.training.verdict import Held, before, verdict, worth
-from tests.runs import ROOT, arguments, losses, make_world
+from tests.runs import ROOT, arguments, losses, make_world, program
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +119,9 @@ def test_samples_are_logged_from_before_the_first_step_to_the_end_and_are_the_mo
         (step, prompt) for step in (0, 4, 8, 10) for prompt in ("What is 3 and 3?", "-5?")
     ]
     base = load_model(world / "base.pth", torch.float32)
-    out = subprocess.run(
-        [sys.executable, "-m", "rwkv_bone.generate", "--model", world / "base.pth", "--instruct", "--prompt", "What is 3 and 3?",
-         "--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0", "--max_tokens", "100"],
-        capture_output=True, text=True, cwd=ROOT, check=True,
-    ).stdout  # fmt: skip
-    assert answers[0]["text"] == out.strip() and base.sizes.vocab_size == 257
+    asking = ["-m", "rwkv_bone.generate", "--model", world / "base.pth", "--instruct", "--prompt", "What is 3 and 3?",
+              "--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0", "--max_tokens", "100"]  # fmt: skip
+    assert answers[0]["text"] == program(asking, world).stdout.strip() and base.sizes.vocab_size == 257
     assert "sample after step 4: What is 3 and 3?" in said
 
 
@@ -220,8 +215,7 @@ def test_the_next_commands_work_when_pasted(asked, tmp_path):
     for command in commands:
         words = shlex.split(command.strip().replace("merge.py", str(ROOT / "merge.py")))
         assert words[0] == "python"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = program(words[1:], tmp_path)
         assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

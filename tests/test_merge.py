@@ -182,10 +182,9 @@ def test_the_report_gives_what_rounding_lost(paths, capsys):
 
 
 def test_output_that_is_no_terminal_has_no_control_codes(paths):
-    code, said = program([ROOT / "merge.py", *arguments(paths, "--verify")], ROOT)
-    assert code == 0
-    assert not re.search(r"[\x00-\x09\x0b-\x1f]", said)
-    headings = [line.split()[0] for line in said.splitlines() if line[0] != " "]
+    done = program([ROOT / "merge.py", *arguments(paths, "--verify")], ROOT)
+    assert done.returncode == 0 and not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout + done.stderr)
+    headings = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
     assert headings == ["base", "adapter", "changed", "written", "verified"]
 
 
@@ -843,7 +842,7 @@ def test_every_command_of_the_documentation_works(make_model, tmp_path):
     for line in commands:
         python, script, *argv = line.split()
         assert (python, script) == ("python", "merge.py")
-        code, said = program([ROOT / script, *argv], tmp_path)
-        assert code == 0, line + said
+        done = program([ROOT / script, *argv], tmp_path)
+        assert done.returncode == 0, line + done.stderr
     for flag in re.findall(r"`(--\w+)", text):
         assert flag in merging.make_parser().format_help(), flag

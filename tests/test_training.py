@@ -183,18 +183,6 @@ def test_base_and_adapter_files_are_the_tuned_model(world, finished):
     assert nll[1] < 0.8 * nll[0]
 
 
-def test_the_base_file_is_never_touched(world, finished):
-    assert (world / "base.pth").stat().st_mtime < (world / "run" / "rwkv-0.pth").stat().st_mtime
-
-
-def test_a_finished_run_is_not_overwritten_unless_told(world, finished):
-    before = (world / "run" / "rwkv-2.pth").read_bytes()
-    refused = run_to_end(world, name="run")
-    assert refused.codes == [2] and "--overwrite" in refused.said
-    assert "complete" in train(world, "--epoch_count", 3, "--resume", "auto")
-    assert (world / "run" / "rwkv-2.pth").read_bytes() == before
-
-
 @each_version
 def test_a_new_model_trains_from_scratch(version, world):
     sizes = ("--my_testing", version, "--n_layer", 2, "--n_embd", 32, "--head_size_a", 8, "--vocab_size", 257)
@@ -433,8 +421,7 @@ def test_long_context_in_chunks_trains_as_the_whole_does(world):
     train(world, name="whole")
     train(world, "--train_type", "infctx", "--chunk_ctx", 8, name="chunks")
     train(world, "--train_type", "infctx", "--chunk_ctx", 8, "--truncate", name="truncated")
-    train(world, "--grad_cp", 1, name="recomputed")
-    whole, chunks, truncated, recomputed = (losses(world / name) for name in ("whole", "chunks", "truncated", "recomputed"))
+    whole, chunks, truncated = (losses(world / name) for name in ("whole", "chunks", "truncated"))
     close = [(step, pytest.approx(loss, abs=2e-5)) for step, loss in whole]
-    assert chunks == close and recomputed == close
+    assert chunks == close
     assert truncated[0] == close[0] and truncated[-1] != close[-1]  # the first loss is before any gradient was used

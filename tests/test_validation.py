@@ -9,10 +9,9 @@ from rwkv_bone.data.documents import open_documents
 from rwkv_bone.data.tokenizer import ByteTokenizer
 from rwkv_bone.files.adapters import load_adapter
 from rwkv_bone.files.models import load_model
-from rwkv_bone.files.pth import open_tensors
 from rwkv_bone.training.loader import split
 from rwkv_bone.training.run import main
-from tests.runs import arguments, losses, make_world
+from tests.runs import arguments, make_world
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +48,6 @@ def test_the_logged_loss_is_that_of_the_held_out_documents_and_the_best_is_kept(
     for text in ("done       after step 6", f"saved      {folder}/rwkv-0.pth", f"{folder}/rwkv-best.pth, which"):
         assert text in out
     assert f"merge.py --base_model {world}/base.pth --peft_checkpoint {folder}/rwkv-best.pth --output" in out
-
-
-def test_patience_ends_a_run_that_gets_no_better_with_its_result(world):
-    flags = ("--val_split", "0.2", "--val_every", 1, "--patience", 2, "--lr_init", "0", "--epoch_count", 5)
-    assert main(arguments(world, *flags, name="patience")) == 0
-    assert [m["step"] for m in measures(world / "patience")] == [1, 2, 3]
-    assert len(losses(world / "patience")) == 3
-    assert open_tensors(world / "patience" / "rwkv-0.pth")
 
 
 def test_a_split_is_a_partition_of_the_documents(world):
