@@ -153,12 +153,7 @@ def steps(run: Run, at: Progress, sampler: Sampler | None, signals: Signals) -> 
         # ---- save
         epoch_ended = ended or at.step % per_epoch == 0
         if epoch_ended:
-            if logs:
-                logs.epoch(record, at.epoch_loss / at.epoch_trained if at.epoch_trained else math.nan)
-            at.epoch_loss = at.epoch_trained = 0.0
-            if ended or result_due(config, epoch):  # before the checkpoint: a full disk may still hold it
-                save_adapter(run, f"rwkv-{epoch}.pth", at.step)
-                drop_old_adapters(run)
+            end_epoch(run, at, record, ended)  # before the checkpoint: a full disk may still hold the adapter
         stopped = stop > 0 and not ended
         if stopped:
             save_adapter(run, INTERRUPTED, at.step)
@@ -235,10 +230,16 @@ def save_adapter(run: Run, name: str, step: int) -> None:
         save_result(run.folder / name, trained, run.model, run.data, run.config, step)
 
 
-def drop_old_adapters(run: Run) -> None:
-    if run.config.keep_adapters and run.engine.first:
-        old = numbered(run.folder, run.config)[: -run.config.keep_adapters]
-        run.folder.remove([name for pth in old for name in (pth, str(sidecar(pth)))])
+def end_epoch(run: Run, at: Progress, record: StepRecord, ended: bool) -> None:
+    """Log the epoch's loss; save its adapter where one is due, and drop those that are no longer kept."""
+    if run.logs:
+        run.logs.epoch(record, at.epoch_loss / at.epoch_trained if at.epoch_trained else math.nan)
+    at.epoch_loss = at.epoch_trained = 0.0
+    if ended or result_due(run.config, record.epoch):
+        save_adapter(run, f"rwkv-{record.epoch}.pth", at.step)
+        if run.config.keep_adapters and run.engine.first:
+            old = numbered(run.folder, run.config)[: -run.config.keep_adapters]
+            run.folder.remove([name for pth in old for name in (pth, str(sidecar(pth)))])
 
 
 def diverged(run: Run, step: int, loss: float, grad_norm: float, lr: float, micro_batches: list) -> UserError:
