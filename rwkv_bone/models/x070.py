@@ -179,14 +179,14 @@ class TimeMix(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """For `forward_one`: x_* (7, 1, C) of r, k, v and the LoRAs w, a, v, g; the LoRAs' matrices (4, C, D) and (4, D, C),
-        padded with zeros to the largest D; offsets (3, 1, C) and scales (3, 1, 1) of w, a and v. In layer 0 without the LoRA v.
+        """For `forward_one`: x_* (7, 1, C) of r, k, v and the LoRAs w, a, v, g; for w, a and v, in layer 0 without v, matrices
+        (3, C, D) and (3, D, C), padded with zeros to the largest D, the offsets (3, 1, C), and scales (3, 1, 1).
         """
-        loras = "wag" if self.first else "wavg"
-        self.mix = torch.stack([getattr(self, f"x_{name}")[0] for name in "rkv" + loras])
+        loras = "wa" if self.first else "wav"
+        self.mix = torch.stack([getattr(self, f"x_{name}")[0] for name in f"rkv{loras}g"])
         self.down = pad_sequence([getattr(self, f"{name}1").T for name in loras], batch_first=True).mT.contiguous()
         self.up = pad_sequence([getattr(self, f"{name}2") for name in loras], batch_first=True)
-        offsets = torch.stack([getattr(self, f"{name}0")[0] for name in loras[:-1]])
+        offsets = torch.stack([getattr(self, f"{name}0")[0] for name in loras])
         self.offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         self.scales = self.offsets.new_tensor([LEAST_LOG_W, -1, 1][: len(offsets)]).view(-1, 1, 1)
         self.minus_k_k, self.minus_k_a = -self.k_k.view_as(self.r_k), -self.k_a.view_as(self.r_k)
@@ -211,11 +211,10 @@ class TimeMix(nn.Module):
         mixed = torch.lerp(x, cast(shift, x.dtype), self.mix)  # (7, B, C)
         r, k, v = mixed[:3].unbind()
         r, k, v = self.receptance(r).view(heads), self.key(k).view(heads), self.value(v).view(heads)
-        inside = torch.bmm(mixed[3:], self.down)  # (4, B, D)
+        inside = torch.bmm(mixed[3:-1], self.down)  # (3, B, D)
         inside[0].tanh_()
-        inside[-1].sigmoid_()
-        lora = torch.bmm(inside, self.up)  # (4, B, C)
-        gates = torch.sigmoid(lora[:-1] + self.offsets).mul_(self.scales).view(-1, *heads)
+        gates = (torch.bmm(inside, self.up) + self.offsets).sigmoid_().mul_(self.scales).view(-1, *heads)
+        g = torch.mm(torch.mm(mixed[-1], self.g1).sigmoid_(), self.g2)
         minus_a, *residual = cast(gates[1:], x.dtype).unbind()
         minus_kk = k * self.minus_k_k
         minus_kk /= torch.linalg.vector_norm(minus_kk, dim=-1, keepdim=True).clamp_min_(KK_EPS)
@@ -227,7 +226,7 @@ class TimeMix(nn.Module):
         state = cast(wkv, gates.dtype).contiguous()
         y, wkv = recurrence.unchecked((r, gates[0], k, v, minus_kk, minus_kk * minus_a, state, None), op)
         y = torch.addcmul(self.ln_x(y.view(B, C)).view(heads), (r * k * self.r_k).sum(-1, keepdim=True), v)
-        return self.output(y.view(B, C) * lora[-1]).view(B, T, C), v_first, x, wkv
+        return self.output(y.view(B, C) * g).view(B, T, C), v_first, x, wkv
 
 
 class ChannelMix(nn.Module):
