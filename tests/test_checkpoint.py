@@ -15,11 +15,10 @@ import torch
 from rwkv_bone.errors import UserError
 from rwkv_bone.files.adapters import load_adapter, read_adapter, save_adapter, sidecar
 from rwkv_bone.files.atomic import atomic
-from rwkv_bone.files.models import fingerprint, load_model, open_model
+from rwkv_bone.files.models import fingerprint, load_model
 from rwkv_bone.files.pth import Streamed, give_back, open_tensors, save_tensors, write_pth
-from rwkv_bone.peft import METHODS, adapter_tensors, inject, merge
+from rwkv_bone.peft import METHODS, adapter_tensors, inject
 from rwkv_bone.training.resume import load_state, save_state
-from tests.independent import rwkv_package_logits
 from tests.runs import forked
 
 
@@ -421,15 +420,6 @@ def test_an_odd_record_gives_one_line(text, make_model, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_an_adapter_of_another_base_is_refused_unless_forced(make_model, tmp_path):
-    adapted(make_model, tmp_path)
-    other = make_model(seed=3)
-    save_tensors(tmp_path / "other.pth", other.state_dict())
-    with pytest.raises(UserError, match=r"adapter\.pth: was trained on another base \(base\.pth\); give that one \(or merge"):
-        load_adapter(load_model(tmp_path / "other.pth"), tmp_path / "adapter.pth")
-    load_adapter(load_model(tmp_path / "other.pth"), tmp_path / "adapter.pth", force=True)
-
-
 def test_an_adapter_is_used_whole_or_not_at_all(make_model, tmp_path):
     adapted(make_model, tmp_path)
     tensors, info = read_adapter(tmp_path / "adapter.pth")
@@ -449,20 +439,6 @@ def test_an_adapter_is_used_whole_or_not_at_all(make_model, tmp_path):
         save_adapter(tmp_path / "odd.pth", {**tensors, **odd}, info)
         with pytest.raises(UserError, match=message):
             load_adapter(load_model(tmp_path / "base.pth"), tmp_path / "odd.pth")
-
-
-@torch.no_grad()
-def test_a_state_tuned_adapter_gives_the_model_its_initial_state(make_model, tmp_path):
-    base, tuned = make_model(), make_model(time_state=True)
-    tuned.load_state_dict(base.state_dict(), strict=False)
-    states = {name: t for name, t in tuned.state_dict().items() if name.endswith("time_state")}
-    save_tensors(tmp_path / "base.pth", base.state_dict())
-    info = {"method": "none", "options": {}, "base": {"fingerprint": fingerprint(base.state_dict())}}
-    save_adapter(tmp_path / "state.pth", states, info)
-    model = load_model(tmp_path / "base.pth")
-    load_adapter(model, tmp_path / "state.pth")
-    assert model.sizes == tuned.sizes
-    assert all(torch.equal(t, tuned.state_dict()[name]) for name, t in model.state_dict().items())
 
 
 # ---------------------------------------------------------------- an adapter and its sidecar
@@ -514,32 +490,3 @@ def test_a_step_checkpoint_survives_and_a_damaged_one_is_refused(tmp_path):
 
 def as_raw(tensor: torch.Tensor) -> bytes:
     return tensor.numpy().tobytes()
-
-
-# ---------------------------------------------------------------- other programs
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("version", "name"), [("x060", "tiny-rwkv6-1m"), ("x070", "tiny-rwkv7-gsm8k")])
-def test_the_rwkv_package_reads_what_we_write(name, data, make_model, tmp_path):
-    """A merged model in float32, on random and on really trained weights; the package works in the file's dtype."""
-    small = {"n_embd": 128, "dim_att": 128, "dim_ffn": 96, "head_size": 64, "vocab_size": 256}
-    save_tensors(tmp_path / "random.pth", make_model(dtype=torch.float32, **small).state_dict())
-    save_tensors(tmp_path / "tiny.pth", load_model(data / f"{name}.pth", torch.float32).state_dict())
-    tokens = torch.randint(256, (12,), generator=torch.Generator().manual_seed(0)).tolist()
-    for kind in ("random", "tiny"):
-        model = load_model(tmp_path / f"{kind}.pth")
-        inject(model, METHODS["bone"], METHODS["bone"].Config(r=8))
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.02 * torch.randn_like(p))
-        ours = model(torch.tensor([tokens]))[0][0]
-        merge(model)
-        save_tensors(tmp_path / "merged.pth", model.state_dict())
-        assert (rwkv_package_logits(tmp_path / "merged.pth", tokens) - ours).abs().max() < 1e-4
-
-
-def test_every_file_of_the_real_model_opens(tiny):
-    _, sizes, tensors, _ = open_model(tiny)
-    assert (sizes.n_layer, sizes.n_embd, sizes.head_size, sizes.vocab_size) == (12, 64, 8, 256)
-    assert len(tensors) == 28 * 12 + 6
