@@ -2,11 +2,10 @@
 
 import ctypes
 
+import cuda_shim
 import pytest
 import torch
-from cuda_shim import CUDA, DECAYS, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan, make_log_w, pointer
-
-from rwkv_bone.ops.wkv6 import wkv6_reference
+from cuda_shim import CUDA, DECAYS, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan, pointer, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 N = 64
@@ -79,21 +78,8 @@ def kernel(tmp_path_factory):
     return Chunk(compile_for_cpu(CUDA / "wkv6_chunk.cu", tmp_path_factory.mktemp("chunk")))
 
 
-def make_inputs(B, T, H, decay="normal", w_dtype=BF16, states=True, seed=0):
-    torch.manual_seed(seed)
-    r, k, v, gy = (torch.randn(B, T, H, N).to(BF16) for _ in range(4))
-    log_w = make_log_w(decay, (B, T, H, N)).to(w_dtype)
-    u, state, g_final = torch.randn(H, N), torch.randn(B, H, N, N), torch.randn(B, H, N, N)
-    return (r, k, v, log_w, u, state if states else None), gy, g_final if states else None
-
-
-def reference(inputs, gy, g_final):
-    names = ["r", "k", "v", "log_w", "u", "state"]
-    leaves = {name: x.double().requires_grad_() for name, x in zip(names, inputs) if x is not None}
-    y, final_state = wkv6_reference(*leaves.values())
-    loss = (y * gy).sum() + (final_state * (0 if g_final is None else g_final)).sum()
-    grads = torch.autograd.grad(loss, leaves.values())
-    return {"y": y.detach(), "final_state": final_state.detach(), **{f"g_{n}": g for n, g in zip(leaves, grads)}}
+def make_inputs(B, T, H, decay="normal", w_dtype=BF16, states=True):
+    return cuda_shim.make_inputs(B, T, H, N, decay, BF16, w_dtype, states)
 
 
 def assert_equals_reference(got, inputs, gy, g_final):
