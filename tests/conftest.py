@@ -9,9 +9,11 @@ from pathlib import Path
 # a busy machine threads that wait for each other in a spin cost a hundredfold
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# a shell's background jobs are begun with interrupts ignored, and so would the programs be that tests interrupt
+# a shell's background jobs are begun with interrupts ignored, nohup's with SIGHUP, and so would the programs be that tests stop
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import hypothesis
 import pytest
