@@ -6,6 +6,7 @@ from a seed and its number alone: `python -m tests.fuzz KIND NUMBER` runs one ca
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import os
@@ -505,6 +506,7 @@ def main(kind: str, numbers: list[int], world: Path, log: Path) -> None:
     by_name = {kind.__name__: kind for kind in KINDS}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
+    importlib.import_module("matplotlib.font_manager")  # makes its folder in HOME at the first import
     memory.estimate = lambda *_, **__: {"all": 0}  # seconds a case, and no file is in it
     sys.addaudithook(watch)
     with tempfile.TemporaryDirectory() as folder, open(log, "w") as file:
