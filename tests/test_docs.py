@@ -159,17 +159,25 @@ def test_the_commands_for_several_devices_work(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparisons_reports_are_made_by_their_commands(data, tmp_path):
-    mine = [command for page, command in COMMANDS if page == "comparison.md"]
-    assert len(mine) == 4
-    for command in mine:
+def test_the_comparisons_tables_are_those_of_their_runs(data, tmp_path):
+    """Tables of the page are those of benchmarks/results; where the model is at hand, its command makes the same again."""
+    (tmp_path / "data").symlink_to(data)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    commands, made = [command for page, command in COMMANDS if page == "comparison.md"], 0
+    for command in commands:
         _, _, _, config, _, out = shlex.split(command)
-        shutil.copytree(ROOT / "benchmarks" / "results" / Path(out).name, tmp_path / out)
-        (tmp_path / out / "table.md").unlink()
-        run_command(command.replace(out, str(tmp_path / out)) + " --report", ROOT)
-        table = (tmp_path / out / "table.md").read_text()
+        results = ROOT / "benchmarks" / "results" / Path(out).name
+        if not results.exists():  # no run yet
+            continue
+        table = (results / "table.md").read_text()
         rows = [line for line in table.splitlines() if line.startswith("| ")]
         assert len(rows) > 4 and all(row in PAGES["comparison.md"] for row in rows), config
+        if (tmp_path / json.loads((ROOT / config).read_text())["load_model"]).exists():
+            shutil.copytree(results, tmp_path / out, ignore=shutil.ignore_patterns("table.*"))
+            run_command(command + " --report", tmp_path)
+            assert (tmp_path / out / "table.md").read_text() == table
+            made += 1
+    assert len(commands) == 5 and made
 
 
 def test_the_memory_tables_program_runs(monkeypatch, capsys):
