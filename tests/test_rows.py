@@ -218,19 +218,22 @@ def test_the_prompt_has_the_tokens_that_asking_it_gives():
 
 
 parts = st.sampled_from(["a", " b ", "\n\nc\n\n\nd", "e\r\nf", "%s", "{{ g }}", "é", "User:"])
-messages = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), parts), min_size=1, max_size=5)
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": parts},
+    optional={"input": parts | st.just(""), "reasoning_content": parts | st.just("")},
+)
 
 
-@given(st.lists(messages, min_size=1, max_size=4), st.sampled_from(["world", "g1"]))
+@given(st.lists(st.lists(message, min_size=1, max_size=5), min_size=1, max_size=4), st.sampled_from(["world", "g1"]))
 def test_many_conversations_at_once_are_what_each_is_by_itself(batch, name):
     built_in = Template.open(name)
     by_jinja = Template("a copy", built_in.source)  # which takes no short cut
-    talks = [([{"role": role, "content": content} for role, content in turns], None) for turns in batch]
-    assert built_in.render(talks) == by_jinja.render(talks) == [by_jinja.render([talk])[0] for talk in talks]
-    for talk, turns in zip(talks, batch):
+    talks = [(messages, None) for messages in batch]
+    assert built_in.pieces(talks) == by_jinja.pieces(talks) == [by_jinja.pieces([talk])[0] for talk in talks]
+    for talk in talks:
         found = built_in.segments(*talk)
         assert not any(a[1] == b[1] for a, b in itertools.pairwise(found))
-        assert any(trained for _, trained in found) == any(role == "assistant" for role, _ in turns)
+        assert any(trained for _, trained in found) == any(message["role"] == "assistant" for message in talk[0])
 
 
 @pytest.mark.parametrize("name, with_input", [

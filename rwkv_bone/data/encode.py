@@ -4,6 +4,7 @@ A row becomes a conversation (rows.py), its template the text and what of it is 
 tokenised by itself. The tokenizer's end of document follows, trained where the last stretch is.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +22,12 @@ import numpy as np
 from ..errors import UserError
 from .files import BEGINNING, Batch, Place, read_batches
 from .rows import Conversation, LeftOut, RowReader, Tally, turns
-from .templates import BORDER, CHANGED, Template, to_json
-from .tokenizer import Tokenizer, unicode_bytes
+from .templates import Template, refuse_marks
+from .tokenizer import Tokenizer
 
 LOSS_MASKS = ("answer", "all", "pad")
 NOTHING_TRAINED = "without a trained token"
+ALTERNATING = [False, True]
 
 
 class Encoded(NamedTuple):
@@ -73,6 +74,15 @@ class RowEncoder:
 
     def encode(self, batch: Batch) -> Encoded:
         """The documents of a batch. UserError names the file and the row."""
+        collecting = gc.isenabled()
+        gc.disable()  # thousands of lists and dicts come, none of them in a cycle: looking for such takes a fifth of the time
+        try:
+            return self._encode(batch)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _encode(self, batch: Batch) -> Encoded:
         tally, items, numbers = Tally(), [], []
         for number, row in batch.rows():
             try:
@@ -87,6 +97,7 @@ class RowEncoder:
         except UserError:
             for number, item in zip(numbers, items):  # which of them is it?
                 try:
+                    refuse_marks([item] if isinstance(item, Conversation) else [])  # by place in its text
                     self._documents(batch, Tally(), [item], [number])
                 except UserError as error:
                     raise UserError(f"{batch.where(number)}: {error}") from None
@@ -97,65 +108,54 @@ class RowEncoder:
         trained: list[bool] = []  # whether each is
         counts = []  # how many a document has
         whole = []  # whether its template writes a document's beginning and end
-        talks = [item for item in items if type(item) is not str]
-        _refuse_marks(talks)
-        rendered = iter(self.template.render(talks) if talks else ())
+        talks: list[Conversation] = [item for item in items if type(item) is not str]
+        rendered = iter(self.template.pieces(talks))
         for number, item in zip(numbers, items):
-            if type(item) is str:
+            if is_text := type(item) is str:
                 cut = turns(item) if self.loss_mask == "answer" and batch.unit != "text" else None
                 tally.turns += cut is not None
                 pieces, flags = map(list, zip(*cut or [(item, True)]))
             else:
-                text = next(rendered)
-                if CHANGED in text:
-                    text = text.replace(CHANGED, "")
+                pieces, changed = next(rendered)
+                if changed:
                     tally.note(tally.changed, "blank lines or \\r left out of a turn", batch.where(number))
-                if BORDER not in text and self.loss_mask == "answer" and not self.template.marks:
+                if len(pieces) == 1 and self.loss_mask == "answer" and not self.template.marks:
                     cure = "put {% generation %} ... {% endgeneration %} around the assistant's part, or give --loss_mask all"
                     raise UserError(f"the template {self.template.name} does not mark what is trained; {cure}")
-                pieces = text.split(BORDER)  # alternately not trained and trained
-                if not pieces[-1]:
-                    del pieces[-1]
-                flags = [False, True] * (len(pieces) // 2) + [False] * (len(pieces) % 2)
+                flags = ALTERNATING * (len(pieces) // 2) + ALTERNATING[: len(pieces) % 2]
             if self.loss_mask == "answer" and True not in flags:
                 tally.note(tally.left_out, NOTHING_TRAINED, batch.where(number))
                 continue
             stretches += pieces
             trained += flags
-            stretches.append("")  # the end's place
-            trained.append(flags[-1])
-            counts.append(len(pieces) + 1)
-            whole.append(type(item) is not str and self.template.whole)
-        ids = self.tokenizer.encode_documents(stretches, counts)
-        borders = np.cumsum(counts, dtype=np.int64)
-        begin, end = list(self.tokenizer.begin), list(self.tokenizer.end)
-        for place, count, by_template in zip((borders - 1).tolist(), counts, whole):
-            if begin and not by_template:
-                ids[place - count + 1] = begin + ids[place - count + 1]
-            last = ids[max(place - 2, place - count + 1) : place]  # of them one is the answer, and white space may follow it
-            ended = by_template and any(self.tokenizer.stops & set(piece[-1:]) for piece in last)
-            ids[place] = [] if ended else end
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32
-        tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
-        sizes = np.add.reduceat(lengths, borders - counts) if counts else np.zeros(0, np.int64)
+            counts.append(len(pieces))
+            whole.append(not is_text and self.template.whole)
+        tokens, lengths = self.tokenizer.encode_documents(stretches, counts)
+        counts_ = np.array(counts, np.int64)
+        tokens, lengths = self._with_ends(tokens, lengths, counts_, np.array(whole, bool))
+        sizes = np.add.reduceat(lengths, np.cumsum(counts_) - counts_) if counts else np.zeros(0, np.int64)
         mask = None
         if self.loss_mask == "answer" and not all(trained):
             mask = np.repeat(np.array(trained, np.uint8), lengths)
         return Encoded(tokens, sizes, mask, tally, batch.read, batch.end)
 
-
-def _refuse_marks(talks: list[Conversation]) -> None:
-    """UserError for text that holds halves of surrogate pairs: some of them are the marks of a template."""
-    for messages, tools in talks:
-        for message in messages:
-            for value in message.values():
-                if type(value) is not str:
-                    unicode_bytes(to_json(value))
-                elif not value.isascii():
-                    unicode_bytes(value)
-        if tools:
-            unicode_bytes(to_json(tools))
+    def _with_ends(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray, whole: np.ndarray):
+        """Tokens and lengths of stretches with what begins a document in its first and what ends it in its last."""
+        begin, end = self.tokenizer.begin, self.tokenizer.end
+        last = np.cumsum(counts) - 1
+        stops = np.cumsum(lengths)
+        starts = (stops - lengths)[last - counts + 1]
+        unended = ~whole
+        if whole.any():  # of a document's last two stretches one is the answer, and white space may follow it
+            final = np.where(lengths > 0, np.isin(tokens[np.maximum(stops, 1) - 1], [*self.tokenizer.stops]), False)
+            unended |= ~(final[last] | (final[last - 1] & (counts > 1)))
+        # where a document begins its predecessor ends, whose tokens come first
+        at = np.concatenate([np.repeat(stops[last[unended]], len(end)), np.repeat(starts[~whole], len(begin))])
+        added = np.concatenate([np.tile(end, unended.sum()), np.tile(np.array(begin, np.int64), (~whole).sum())])
+        lengths = lengths.copy()
+        lengths[last[unended]] += len(end)
+        lengths[(last - counts + 1)[~whole]] += len(begin)
+        return np.insert(tokens, at, added), lengths
 
 
 def encode_files(

@@ -49,7 +49,8 @@ READ_OF_MESSAGES = {"role", "from", "content", "value", "tool_calls", "function_
                     "weight", "tool_call_id", "id"}  # fmt: skip
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 MARKERS = "(System|User|Assistant|Instruction|Input|Response|Question|Answer):"
-TURNS = tuple(re.compile(rf"(?:\A\s*|{gap}){MARKERS}") for gap in (r"\n\s*\n", r"\n"))  # blank lines, or else only line ends
+FIRST_TURN = re.compile(rf"\s*{MARKERS}")
+NEXT_TURN = tuple(re.compile(gap + MARKERS) for gap in (r"\n\s*\n", r"\n"))  # after blank lines, or else only line ends
 FAMILIES = ({"System", "User", "Assistant"}, {"System", "Instruction", "Input", "Response"}, {"System", "Question", "Answer"})
 ANSWERING = {"Assistant", "Response", "Answer"}
 
@@ -355,11 +356,12 @@ def kind_of(value) -> str:
 
 def turns(text: str) -> list[tuple[str, bool]] | None:
     """The stretches of a text that is wholly turns, answers trained: what follows the colon, up to the next marker. Else None."""
-    for pattern in TURNS:
-        marks = list(pattern.finditer(text))
+    first = FIRST_TURN.match(text)
+    if first is None or first[1] in ANSWERING:
+        return None
+    for pattern in NEXT_TURN:
+        marks = [first, *pattern.finditer(text, first.end())]
         names = [mark[1] for mark in marks]
-        if not marks or marks[0].start() or names[0] in ANSWERING:
-            continue
         family = next((f for f in FAMILIES if next((n for n in names if n != "System"), "User") in f), FAMILIES[0])
         marks = [mark for mark in marks if mark[1] in family]
         if not any(mark[1] in ANSWERING for mark in marks):

@@ -297,11 +297,10 @@ class Summary:
 def summary_of(samples: Samples, sampler: BatchSampler, round_to: int = ROUND) -> Summary:
     """Counts of the sampler's epoch."""
     documents = samples.documents
-    lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size).T
-    slots = 0
-    for lo in range(0, sampler.samples_per_device, sampler.micro_bsz):
-        batch = lengths[:, lo : lo + sampler.micro_bsz]  # (devices, B)
-        slots += int(padded_length(batch.max(1), round_to, samples.ctx_len).sum()) * batch.shape[1]
+    lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size)  # (samples, devices)
+    firsts = np.arange(0, len(lengths), sampler.micro_bsz)  # of each batch
+    sizes = np.diff(firsts, append=len(lengths))
+    slots = int(padded_length(np.maximum.reduceat(lengths, firsts), round_to, samples.ctx_len).sum(1) @ sizes)
     return Summary(
         name=documents.name,
         dataload=samples.dataload,

@@ -27,6 +27,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import UserError
+from .tokenizer import unicode_bytes
 
 FOLDER = Path(__file__).with_name("templates")
 BUILT_IN = ("world", "g1")
@@ -35,6 +36,8 @@ OWN = "the model's own"
 BORDER, END, CHANGED = "\udff0", "\udff1", "\udff2"
 AS_IT_IS, STRIPPED = "\udff3", "\udff4"  # the place of a message's text, and one to which `no_blank_lines` was applied
 Message = dict[str, Any]  # role, content; perhaps input, reasoning_content, tool_calls
+# A piece of a text: its beginning, and messages' texts, each with what follows it: which message's, which of its, stripped?
+Form = tuple[str, list[tuple[int, str, bool, str]]]
 
 
 class Generation(Extension):
@@ -49,13 +52,36 @@ class Generation(Extension):
         return [border, *body, border]
 
 
+def has_blank_lines(text: str) -> bool:
+    return ("\n" in text and "\n\n" in text) or ("\r" in text and "\r\n" in text)  # one character is found ten times faster
+
+
+def without_blank_lines(text: str) -> str:
+    return re.sub("\n\n+", "\n", text.replace("\r\n", "\n"))
+
+
 def no_blank_lines(text: str) -> str:
-    if text == AS_IT_IS:
-        return STRIPPED
-    text = text.strip()
-    if "\n\n" not in text and "\r\n" not in text:
-        return text
-    return re.sub("\n\n+", "\n", text.replace("\r\n", "\n")) + CHANGED
+    """The filter."""
+    text = text.strip().replace(AS_IT_IS, STRIPPED)
+    return without_blank_lines(text) + CHANGED if has_blank_lines(text) else text
+
+
+def _split(text: str) -> tuple[list[str], bool]:
+    """A rendered text without its marks: as `Template.pieces` has it."""
+    pieces = text.replace(CHANGED, "").split(BORDER)
+    if not pieces[-1]:
+        del pieces[-1]
+    return pieces, CHANGED in text
+
+
+def refuse_marks(conversations: Sequence[tuple[list[Message], Any]]) -> None:
+    """UserError for text that holds halves of surrogate pairs: some of them are the marks of a template."""
+    for messages, tools in conversations:
+        for value in (*(value for message in messages for value in message.values()), tools):
+            if type(value) is not str:
+                unicode_bytes(to_json(value))
+            elif not value.isascii():
+                unicode_bytes(value)
 
 
 def with_input(message: Message) -> Message:
@@ -96,7 +122,7 @@ class Template:
             "add_generation_prompt": False,
             **self.tokens,
         }
-        self._forms: dict[tuple[str, ...], tuple[str, list[bool]]] = {}
+        self._forms: dict[tuple, list[Form]] = {}
         try:
             self._one = environment.from_string(source)
             # many conversations by one call: setting up a call takes longer than rendering a short one
@@ -156,37 +182,61 @@ class Template:
         """Whether it says what is trained."""
         return re.search(r"\{%[-+]?\s*generation\b", self.source) is not None
 
-    def render(self, conversations: Sequence[tuple[list[Message], Any]]) -> list[str]:
-        """For each (messages, tools) its text, with BORDER around what is trained, and CHANGED where blank lines went."""
-        texts = [self._filled(*conversation) for conversation in conversations]
-        rest = [conversation for conversation, text in zip(conversations, texts) if text is None]
+    def pieces(self, conversations: Sequence[tuple[list[Message], Any]]) -> list[tuple[list[str], bool]]:
+        """For each (messages, tools) its text in pieces, alternately not trained and trained, and whether blank lines went."""
+        found = [self._filled(*conversation) for conversation in conversations]
+        rest = [conversation for conversation, pieces in zip(conversations, found) if pieces is None]
+        refuse_marks(rest)
         rendered = iter(self._rendered(rest) if rest else ())
-        return [next(rendered) if text is None else text for text in texts]
+        return [_split(next(rendered)) if pieces is None else pieces for pieces in found]
 
     def _rendered(self, conversations: Sequence[tuple[list[Message], Any]]) -> list[str]:
+        """Texts with BORDER around what is trained, and CHANGED where blank lines went."""
         if not self.marks:
             return [self._marked(*conversation) for conversation in conversations]
         texts = self._call(self._many, conversations=conversations).split(END)
         assert len(texts) == len(conversations) + 1
         return [text.replace(BORDER + BORDER, "") for text in texts[:-1]]
 
-    def _filled(self, messages: list[Message], tools) -> str | None:
+    def _filled(self, messages: list[Message], tools) -> tuple[list[str], bool] | None:
         """The built-in templates put each text in as it is, or without blank lines, and do not look at it otherwise. So what
-        stands around the texts is rendered once for all conversations of the same roles: five times faster. None: render it."""
+        stands around the texts is rendered once for all conversations of one shape: five times faster. None: render it."""
         if tools or self.name not in BUILT_IN:
             return None
-        roles = tuple([message["role"] if len(message) == 2 else "" for message in messages])
-        if roles not in self._forms:
-            if "" in roles or len(self._forms) > 1000:
+        shape = tuple([m["role"] if len(m) == 2 else (m["role"], *(n for n in m if n != "role" and m[n])) for m in messages])
+        forms = self._forms.get(shape)
+        if forms is None:
+            if len(self._forms) > 1000 or any("tool_calls" in message for message in messages):
                 return None
-            text = self._rendered([([{"role": role, "content": AS_IT_IS} for role in roles], None)])[0]
-            places = re.findall(f"[{AS_IT_IS}{STRIPPED}]", text)
-            assert len(places) == len(roles)
-            form = re.sub(f"[{AS_IT_IS}{STRIPPED}]", "%s", text.replace("%", "%%"))
-            self._forms[roles] = form, [place == STRIPPED for place in places]
-        form, stripped = self._forms[roles]
-        contents = [no_blank_lines(m["content"]) if strip else m["content"] for m, strip in zip(messages, stripped)]
-        return form % tuple(contents)
+            forms = self._forms[shape] = self._shaped(messages)
+        pieces, changed = [], False
+        for piece, places in forms:
+            for number, name, stripped, following in places:
+                text = messages[number][name]
+                if stripped:
+                    text = text.strip()
+                    if has_blank_lines(text):
+                        text, changed = without_blank_lines(text), True
+                piece = f"{piece}{text}{following}"
+            pieces.append(piece)
+        return pieces, changed
+
+    def _shaped(self, messages: list[Message]) -> list[Form]:
+        """The pieces of conversations of this shape, with the places of the messages' texts."""
+        where: list[tuple[int, str]] = []
+        marked: list[Message] = []
+        for number, message in enumerate(messages):
+            marked.append({"role": message["role"]})
+            for name in message:
+                if name != "role" and (message[name] or name == "content"):
+                    marked[-1][name] = f"{AS_IT_IS}{len(where)}{AS_IT_IS}"
+                    where.append((number, name))
+        texts, forms = _split(self._rendered([(marked, None)])[0])[0], []
+        for text in texts:
+            beginning, *parts = re.split(f"([{AS_IT_IS}{STRIPPED}])([0-9]+)[{AS_IT_IS}{STRIPPED}]", text)
+            places = zip(parts[::3], parts[1::3], parts[2::3])
+            forms.append((beginning, [(*where[int(n)], mark == STRIPPED, following) for mark, n, following in places]))
+        return forms
 
     def _text(self, messages: list[Message], tools, ask: bool = False) -> str:
         """A conversation's text by a template without marks; ask: and what begins the answer."""
@@ -225,7 +275,7 @@ class Template:
 
     def segments(self, messages: list[Message], tools=None) -> list[tuple[str, bool]]:
         """The conversation's text in stretches (text, trained), neighbours differing."""
-        pieces = self.render([(messages, tools)])[0].replace(CHANGED, "").split(BORDER)
+        pieces, _ = self.pieces([(messages, tools)])[0]
         return [(piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
 
     def prompt(self, messages: list[Message], tools=None) -> str:
@@ -243,7 +293,7 @@ class Template:
             told = len(whole.replace(BORDER, ""))
             return [piece.replace(CHANGED, "") for piece in (whole + asked[told:]).split(BORDER)]
         answered = [*messages, {"role": "assistant", "content": "x"}]
-        return self.render([(answered, tools)])[0].replace(CHANGED, "").split(BORDER)[:-2]
+        return self.pieces([(answered, tools)])[0][0][:-1]
 
     @cached_property
     def turn_end(self) -> str:
@@ -260,6 +310,6 @@ class Template:
     def _after_answer(self, following: Message) -> tuple[str, str]:
         """What follows the text of an answer: the rest of its trained stretch, and what precedes the next message's text."""
         messages = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer"}, following]
-        text = self.render([(messages, None)])[0].rpartition("answer")[2].replace(CHANGED, "")
-        end, _, turn = text.partition(BORDER)
+        text = BORDER.join(self.pieces([(messages, None)])[0][0])
+        end, _, turn = text.rpartition("answer")[2].partition(BORDER)
         return end, turn.partition("question")[0]

@@ -95,7 +95,7 @@ def read_shots(
     model: LanguageModel, tokenizer: Tokenizer, stretches: list[str], begin: tuple[int, ...] = ()
 ) -> State | None:
     """The state after `begin` and what `shown` gives; None where that is nothing."""
-    tokens = [t for ids in tokenizer.encode_documents(stretches, [len(stretches)]) for t in ids] if stretches else []
+    tokens = tokenizer.encode_documents(stretches, [len(stretches)])[0].tolist() if stretches else []
     return read(model, [[*begin, *tokens]])[1] if tokens else None
 
 
