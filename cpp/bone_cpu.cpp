@@ -3,12 +3,12 @@
 //   bone_cpu_forward    u_j = x_j B_j^T;  s = sum_j u_j;  xu <- x + u, rounded without bias (rwkv_bone/peft/rounding.py);
 //                       y <- tile(s)
 //   bone_cpu_backward   t = sum_i g_i;  du_j = q_j + t;  dB_j += du_j^T x_j;  q_j <- q_j + du_j B_j, which is dx_j
+//   bone_cpu_add        u <- u + x + tile(b) of bf16, rounded without bias (rwkv_bone/peft/rounding.py): the column layout's W'
 //
 // x, xu, q (n, in) and y, g (n, out) are contiguous, float or bf16; r divides in; out is any, and its last piece is cut.
 // Tokens go in tiles, and a tile through all pieces in turn: u, du and all else between stays in the core's cache, and every
 // tensor passes once, but g, which passes once for every group of pieces. Subnormal numbers count as zero, and sums are float's.
-// Products of bf16 are taken two terms at a time where the processor has the instruction (AVX512_BF16): "pairs", in 32 bits, of two
-// neighbours along the sum. Only there is du rounded to bf16, so that processors differ by that rounding.
+// Products of bf16 are taken two terms at a time, or in squares, where the processor has the instructions: bone_pairs.h.
 //
 // Compiled once for every instruction set with BONE_VARIANT defined, which gives the kernels, and once without, for the plain C
 // interface. No inline function of a shared header may be called here: see vectors.h.
@@ -22,6 +22,12 @@
 #if __has_include(<avx512bf16intrin.h>)
 #define KNOWS_PAIRS 1  // the compiler
 #endif
+#if defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define KNOWS_TILES 1
+#endif
 #endif
 
 namespace bone {
@@ -29,7 +35,7 @@ namespace bone {
 constexpr int64_t kLanes = 16;  // a row of r numbers is padded to a multiple of it
 
 struct Problem {
-    int bf16, pairs;
+    int bf16, pairs;  // 1: products of pairs, 2: and of squares of them
     int64_t n, in, out, r;
     const void *x, *b, *g;
     void *xu, *y, *q;
@@ -38,11 +44,18 @@ struct Problem {
     int wants_dx;
 };
 
-using Kernel = void(const Problem&, const cpu::Threads&);
+struct Sum {
+    int64_t n, width, r, u_row, x_row;  // entries from one row to the next; r may be 0
+    uint16_t* u;
+    const uint16_t *x, *b;
+};
 
-namespace portable { Kernel forward, backward; }
-namespace avx2 { Kernel forward, backward; }
-namespace avx512 { Kernel forward, backward; }
+using Kernel = void(const Problem&, const cpu::Threads&);
+using Add = void(const Sum&, const cpu::Threads&);
+
+namespace portable { Kernel forward, backward; Add add; }
+namespace avx2 { Kernel forward, backward; Add add; }
+namespace avx512 { Kernel forward, backward; Add add; }
 
 #ifdef BONE_VARIANT
 }  // namespace bone
@@ -55,11 +68,10 @@ namespace {
 
 constexpr int kBytes = VECTOR_BYTES, W = kBytes / 4;
 constexpr int kRows = 4, kCols = VECTORS_32 ? 4 : 2;  // a register tile of a product: rows, and vectors
-constexpr int64_t kDepth = 64;  // terms, or pairs of them, of a product over a tile's tokens: its operands stay in the first cache
+constexpr int64_t kDepth = 64;  // tokens, or pairs of them, of a tile: the operands of its products stay in the first cache
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 struct bf16 { uint16_t bits; };
-struct Pair { uint32_t bits; };  // the first in the low half
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -114,32 +126,6 @@ INLINE void register_tile(int64_t depth, const A* a, int64_t row, int64_t step, 
     UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++) memcpy(c + i * width + j * W, &sum[i][j], kBytes);
 }
 
-#if defined(__AVX512F__) && defined(KNOWS_PAIRS)
-template <int ROWS, int COLS>
-__attribute__((target("avx512f,avx512bf16"), noinline)) void register_tile(
-    int64_t depth, const Pair* a, int64_t row, int64_t step, const Pair* b, float* c, int64_t width, bool add) {
-    __m512 sum[ROWS][COLS];
-    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++)
-        sum[i][j] = add ? _mm512_loadu_ps(c + i * width + j * W) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k++, a += step, b += width) {
-        __m512i right[COLS];
-        UNROLL for (int j = 0; j < COLS; j++) right[j] = _mm512_loadu_si512(b + j * W);
-        UNROLL for (int i = 0; i < ROWS; i++) {
-            int pair;
-            memcpy(&pair, a + i * row, 4);
-            __m512i left = _mm512_set1_epi32(pair);
-            UNROLL for (int j = 0; j < COLS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
-        }
-    }
-    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j++) _mm512_storeu_ps(c + i * width + j * W, sum[i][j]);
-}
-#else
-template <int ROWS, int COLS>
-void register_tile(int64_t, const Pair*, int64_t, int64_t, const Pair*, float*, int64_t, bool) {
-    abort();  // never asked for
-}
-#endif
-
 template <int ROWS, int COLS, class A, class B>
 INLINE void columns(int cols, int64_t depth, const A* a, int64_t row, int64_t step, const B* b, float* c, int64_t width, bool add) {
     if (cols == COLS) return register_tile<ROWS, COLS>(depth, a, row, step, b, c, width, add);
@@ -164,19 +150,6 @@ void product(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step,
 
 // ---- one tile of tokens
 
-// How the operands of products are held, and how many terms of a sum in one of them.
-template <class T> struct Single {
-    using Given = T;
-    using Held = float;
-    static constexpr int64_t terms = 1;
-};
-struct Paired {
-    using Given = bf16;
-    using Held = Pair;
-    static constexpr int64_t terms = 2;
-};
-template <class K> constexpr int64_t kTokens = kDepth * K::terms;  // of a tile
-
 INLINE int64_t padded(int64_t r) { return (r + kLanes - 1) / kLanes * kLanes; }
 
 // Arrays of (tokens of a tile, r padded) floats, all zero: the padding is read too, and has to be a number.
@@ -194,20 +167,15 @@ struct Workspace {
     float* array(int64_t i) const { return floats + i * size; }
 };
 
-template <class K>
+template <class T>
 void forward_tile(const Problem& p, const Workspace& work, int64_t first, int64_t tokens) {
-    using T = typename K::Given;
     const T* x = static_cast<const T*>(p.x) + first * p.in;
-    T* xu = static_cast<T*>(p.xu) + first * p.in;
-    T* y = static_cast<T*>(p.y) + first * p.out;
-    const auto* b = static_cast<const typename K::Held*>(p.b);
-    const int64_t r = p.r, width = padded(r), depth = r / K::terms;
+    T *xu = static_cast<T*>(p.xu) + first * p.in, *y = static_cast<T*>(p.y) + first * p.out;
+    const float* b = static_cast<const float*>(p.b);
+    const int64_t r = p.r, width = padded(r);
     float *s = work.array(0), *u = work.array(1);
-    for (int64_t j = 0; j < p.in; j += r, b += depth * width) {
-        if constexpr (K::terms == 2)
-            product(tokens, depth, reinterpret_cast<const Pair*>(x + j), p.in / 2, 1, b, u, width, false);
-        else
-            product(tokens, depth, x + j, p.in, 1, b, u, width, false);
+    for (int64_t j = 0; j < p.in; j += r, b += r * width) {
+        product(tokens, r, x + j, p.in, 1, b, u, width, false);
         const int64_t next = j + r < p.in ? r : 0;
         for (int64_t i = 0; i < tokens; i++) {
             const T* xs = x + i * p.in + j;
@@ -228,53 +196,13 @@ void forward_tile(const Problem& p, const Workspace& work, int64_t first, int64_
     }
 }
 
-// What the products of one piece read, made of its q, x (rows of `in`) and t: `du` (tokens, r), and along the tokens `left`, which
-// is du, and `right`, which is x.
 template <class T>
-INLINE void operands(int64_t tokens, int64_t in, int64_t r, int64_t next, const T* q, const T* x, const float* t, float* du, float*,
-                     float* right) {
-    const int64_t width = padded(r);
-    for (int64_t i = 0; i < tokens; i++, q += in, x += in, t += width, du += width, right += width) {
-        prefetch(q + r, next), prefetch(x + r, next);
-        for (int64_t c = 0; c < r; c++) du[c] = widened(q[c]) + t[c], right[c] = widened(x[c]);
-    }
-}
-
-INLINE void operands(int64_t tokens, int64_t in, int64_t r, int64_t next, const bf16* q, const bf16* x, const float* t, Pair* du,
-                     Pair* left, Pair* right) {
-    const int64_t width = padded(r);
-    for (int64_t i = 0; i < tokens; i += 2, left += width, right += width) {
-        bf16* rounded = reinterpret_cast<bf16*>(du) + i * r;
-        const bool alone = i + 1 == tokens;
-        for (int64_t k = 0; k < 2 - alone; k++, q += in, t += width) {
-            prefetch(q + r, next);
-            for (int64_t c = 0; c < r; c++) store(rounded + k * r + c, widened(q[c]) + t[c]);
-        }
-        for (int64_t k = 0; k < 2 - alone; k++) prefetch(x + k * in + r, next);
-        if (alone)
-            for (int64_t c = 0; c < r; c++) left[c].bits = rounded[c].bits, right[c].bits = x[c].bits;
-        else
-            for (int64_t c = 0; c < r; c++) {
-                left[c].bits = rounded[c].bits | uint32_t(rounded[r + c].bits) << 16;
-                right[c].bits = x[c].bits | uint32_t(x[in + c].bits) << 16;
-            }
-        x += 2 * in;
-    }
-}
-
-template <class K>
 void backward_tile(const Problem& p, const Workspace& work, int64_t share, int64_t group, int64_t first, int64_t tokens) {
-    using T = typename K::Given;
-    using Held = typename K::Held;
     const T* x = static_cast<const T*>(p.x) + first * p.in;
     const T* g = static_cast<const T*>(p.g) + first * p.out;
     T* q = static_cast<T*>(p.q) + first * p.in;
-    const int64_t r = p.r, width = padded(r), depth = r / K::terms, m = p.in / r;
-    float *t = work.array(0), *update = work.array(1);
-    Held *right = reinterpret_cast<Held*>(work.array(2)), *du = reinterpret_cast<Held*>(work.array(3));
-    // pairs along r and along the tokens are two arrays, floats are one
-    Held* left = K::terms == 2 ? reinterpret_cast<Held*>(work.array(4)) : du;
-    const int64_t du_row = K::terms == 2 ? depth : width;
+    const int64_t r = p.r, width = padded(r), m = p.in / r;
+    float *t = work.array(0), *update = work.array(1), *right = work.array(2), *du = work.array(3);
     for (int64_t i = 0; i < tokens; i++, g += p.out) {
         float* __restrict sums = t + i * width;
         for (int64_t c = 0; c < r; c++) sums[c] = 0;
@@ -282,12 +210,18 @@ void backward_tile(const Problem& p, const Workspace& work, int64_t share, int64
             for (int64_t c = 0, some = least(r, p.out - j); c < some; c++) sums[c] += widened(g[j + c]);
     }
     for (int64_t piece = m * group / p.groups, last = m * (group + 1) / p.groups; piece < last; piece++) {
-        const int64_t j = piece * r;
-        operands(tokens, p.in, r, piece + 1 < last ? r : 0, q + j, x + j, t, du, left, right);
-        float* db = p.db + (share * m + piece) * r * width;
-        product(r, (tokens + K::terms - 1) / K::terms, left, 1, width, right, db, width, true);
+        const int64_t j = piece * r, next = piece + 1 < last ? r : 0;
+        for (int64_t i = 0; i < tokens; i++) {
+            const T *qs = q + i * p.in + j, *xs = x + i * p.in + j;
+            prefetch(qs + r, next), prefetch(xs + r, next);
+            for (int64_t c = 0; c < r; c++) {
+                du[i * width + c] = widened(qs[c]) + t[i * width + c];
+                right[i * width + c] = widened(xs[c]);
+            }
+        }
+        product(r, tokens, du, 1, width, right, p.db + (share * m + piece) * r * width, width, true);
         if (!p.wants_dx) continue;
-        product(tokens, depth, du, du_row, 1, static_cast<const Held*>(p.b) + piece * depth * width, update, width, false);
+        product(tokens, r, du, width, 1, static_cast<const float*>(p.b) + piece * r * width, update, width, false);
         for (int64_t i = 0; i < tokens; i++)
             for (int64_t c = 0; c < r; c++) {
                 T* dx = q + i * p.in + j + c;
@@ -296,32 +230,58 @@ void backward_tile(const Problem& p, const Workspace& work, int64_t share, int64
     }
 }
 
-template <class K>
-void forward_all(const Problem& p, const cpu::Threads& threads) {
-    threads.each((p.n + kTokens<K> - 1) / kTokens<K>, [&](int64_t i) {
-        Workspace work(2, kTokens<K>, p.r);
-        forward_tile<K>(p, work, i * kTokens<K>, least(kTokens<K>, p.n - i * kTokens<K>));
+#if defined(__AVX512F__) && defined(KNOWS_PAIRS)
+#include "bone_pairs.h"
+#else  // never asked for
+constexpr int64_t kPairTokens = 1;
+void forward_pairs(const Problem&, const Workspace&, int64_t, int64_t) { abort(); }
+void backward_pairs(const Problem&, const Workspace&, int64_t, int64_t, int64_t, int64_t) { abort(); }
+#endif
+
+template <class Tile>
+void forward_all(const Problem& p, const cpu::Threads& threads, int64_t tokens, Tile tile) {
+    threads.each((p.n + tokens - 1) / tokens, [&](int64_t i) {
+        Workspace work(2, tokens, p.r);
+        tile(p, work, i * tokens, least(tokens, p.n - i * tokens));
     });
 }
 
-template <class K>
-void backward_all(const Problem& p, const cpu::Threads& threads) {
+template <class Tile>
+void backward_all(const Problem& p, const cpu::Threads& threads, int64_t tokens, Tile tile) {
     threads.each(p.shares * p.groups, [&](int64_t task) {
-        Workspace work(5, kTokens<K>, p.r);
+        Workspace work(5, tokens, p.r);
         int64_t share = task / p.groups, size = (p.n + p.shares - 1) / p.shares, last = least(p.n, (share + 1) * size);
-        for (int64_t i = share * size; i < last; i += kTokens<K>)
-            backward_tile<K>(p, work, share, task % p.groups, i, least(kTokens<K>, last - i));
+        for (int64_t i = share * size; i < last; i += tokens) tile(p, work, share, task % p.groups, i, least(tokens, last - i));
     });
 }
 
 }  // namespace
 
 void forward(const Problem& p, const cpu::Threads& threads) {
-    (p.pairs ? forward_all<Paired> : p.bf16 ? forward_all<Single<bf16>> : forward_all<Single<float>>)(p, threads);
+    if (p.pairs) forward_all(p, threads, kPairTokens, forward_pairs);
+    else forward_all(p, threads, kDepth, p.bf16 ? forward_tile<bf16> : forward_tile<float>);
 }
 
 void backward(const Problem& p, const cpu::Threads& threads) {
-    (p.pairs ? backward_all<Paired> : p.bf16 ? backward_all<Single<bf16>> : backward_all<Single<float>>)(p, threads);
+    if (p.pairs) backward_all(p, threads, kPairTokens, backward_pairs);
+    else backward_all(p, threads, kDepth, p.bf16 ? backward_tile<bf16> : backward_tile<float>);
+}
+
+void add(const Sum& p, const cpu::Threads& threads) {
+    constexpr int64_t kRowsAtOnce = 16;
+    threads.each((p.n + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
+        Workspace work(1, 1, p.width);
+        float* __restrict tiled = work.array(0);  // b's row over the whole width
+        for (int64_t i = task * kRowsAtOnce; i < least(p.n, (task + 1) * kRowsAtOnce); i++) {
+            bf16* __restrict u = reinterpret_cast<bf16*>(p.u) + i * p.u_row;
+            const bf16* __restrict x = reinterpret_cast<const bf16*>(p.x) + i * p.x_row;
+            const bf16* b = reinterpret_cast<const bf16*>(p.b) + i * p.r;
+            for (int64_t c = 0; c < least(p.r, p.width); c++) tiled[c] = widened(b[c]);
+            for (int64_t c = p.r; p.r && c < p.width; c += p.r) memcpy(tiled + c, tiled, 4 * size_t(least(p.r, p.width - c)));
+            for (int64_t c = 0; c < p.width; c++)
+                store_evenly(u + c, widened(u[c]) + tiled[c] + widened(x[c]), uint32_t(i), uint32_t(c));
+        }
+    });
 }
 
 }  // namespace BONE_VARIANT
@@ -337,7 +297,7 @@ void backward(const Problem& p, const cpu::Threads& threads) {
 
 extern "C" {
 
-// `variant` is one that cpu_has; `pairs` only where bone_cpu_pairs, for bf16 and an even r. b is (in / r, r, r padded to
+// `variant` is one that cpu_has; `pairs` at most what bone_cpu_pairs says, for bf16 and an even r, else 0. b is (in / r, r, r padded to
 // kLanes) floats, first index of the two the summed one, or (in / r, r / 2, r padded) pairs of bf16 along that.
 void bone_cpu_forward(int variant, int threads, void* parallel, int bf16, int pairs, int64_t n, int64_t in, int64_t out, int64_t r,
                       const void* x, const void* b, void* xu, void* y) {
@@ -354,11 +314,24 @@ void bone_cpu_backward(int variant, int threads, void* parallel, int bf16, int p
     CHOOSE(backward)(p, {threads, parallel});
 }
 
-// Whether the variant takes pairs on this machine.
+// u and x (n, width) are bf16, with so many entries from one row to the next; b (n, r) too, each row of which is repeated; or r is 0.
+void bone_cpu_add(int variant, int threads, void* parallel, int64_t n, int64_t width, int64_t r, int64_t u_row, int64_t x_row,
+                  uint16_t* u, const uint16_t* x, const uint16_t* b) {
+    CHOOSE(add)({n, width, r, u_row, x_row, u, x, b}, {threads, parallel});
+}
+
+// What the variant can multiply on this machine: 0 numbers, 1 pairs of bf16 too, 2 squares of pairs too.
 int bone_cpu_pairs(int variant) {
 #ifdef KNOWS_PAIRS
     __builtin_cpu_init();
-    return variant == 2 && __builtin_cpu_supports("avx512bf16");
+    if (variant != 2 || !__builtin_cpu_supports("avx512bf16")) return 0;
+#ifdef KNOWS_TILES
+    unsigned a, b, c, d;
+    const unsigned wanted = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+    // Linux gives its registers to a process that asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & wanted) == wanted && !syscall(SYS_arch_prctl, 0x1023, 18)) return 2;
+#endif
+    return 1;
 #else
     return 0;
 #endif

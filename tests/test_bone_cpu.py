@@ -7,18 +7,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops.bone import cpu as bone_cpu
 from rwkv_bone.peft.bone import BoneLinear, blocks, tile_into
-from rwkv_bone.peft.rounding import dithered
+from rwkv_bone.peft.rounding import add_rounded_, dithered
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # n, in, out, r: tiles of 64 and 128 tokens, whole and cut; r that vectors and pairs divide and do not
 SHAPES = [(1, 64, 64, 64), (5, 128, 70, 64), (3, 257, 40, 257), (2, 16, 24, 8), (129, 512, 256, 64), (2, 49, 104, 7)]
-SHAPES += [(300, 96, 64, 32), (2, 1024, 8, 512), (131, 66, 40, 22)]
+SHAPES += [(300, 96, 64, 32), (2, 1024, 8, 512), (131, 66, 40, 22), (150, 48, 80, 16), (40, 384, 96, 96)]
 
 
-@pytest.fixture(params=[*bone_cpu.kernels.variants, "no pairs"])
+LESS = {"no pairs": 0, "no squares": 1}  # the fastest on a processor that has no products of bf16, or none of squares of them
+
+
+@pytest.fixture(params=[*bone_cpu.kernels.variants, *LESS])
 def variant(request, monkeypatch):
-    if request.param == "no pairs":  # the fastest on a processor that has no products of bf16
-        monkeypatch.setattr(bone_cpu, "takes_pairs", lambda *_: False)
+    if request.param in LESS:
+        if bone_cpu.pairs_here() < LESS[request.param]:
+            pytest.skip("this processor has no products of bf16")
+        monkeypatch.setattr(bone_cpu, "pairs_here", lambda: LESS[request.param])
     else:
         monkeypatch.setattr(bone_cpu.kernels, "variants", [request.param])
     return request.param
@@ -72,18 +77,31 @@ def test_backward_is_the_formula(variant, threads, dtype, n, in_, out, r):
         torch.testing.assert_close(blocks(dx, r).double(), wanted, rtol=eps, atol=4 * eps)
 
 
-def test_nan_and_infinity_stay(variant):
-    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.0, 3e38, -1.0]).bfloat16().view(1, 8)
-    x.view(torch.int16)[0, 2] = -1  # a NaN of all ones: what is added to it must not make a number of it
-    xu, y = torch.empty_like(x), torch.empty_like(x)
-    bone_cpu.call("forward", x, 8, 1, x, bone_cpu.packed(torch.zeros(8, 1, 1), x.dtype), xu, y)
-    torch.testing.assert_close(xu[:, 3:], x[:, 3:], rtol=0, atol=0)
-    assert y.isnan().all()  # 0 times infinity, as in the formula
-    q, db = x.clone(), torch.zeros(1, 8, 1, 16)
-    zeros, b = torch.zeros_like(x), bone_cpu.packed(torch.zeros(8, 1, 1), x.dtype)
-    bone_cpu.call("backward", x, 8, 1, zeros, b, zeros, q, db, 1, 1, True)
-    torch.testing.assert_close(q[:, 3:], x[:, 3:], rtol=0, atol=0)
-    assert not q[:, :3].isfinite().any()
+@pytest.mark.parametrize("r", [0, 16, 7, 200])
+def test_the_sum_without_bias_is_the_pattern_of_torch(variant, r):
+    u, x = (sixteenths(70, 100).bfloat16()[:, :90] * scale for scale in (2**-8, 1))
+    tile = sixteenths(70, r).bfloat16() if r else None
+    x[3, 4] = torch.nan
+    whole = u.float() + x.float() + (tile.float()[:, torch.arange(90) % r] if r else 0)
+    assert bone_cpu.add_fits(u, x)
+    torch.testing.assert_close(add_rounded_(u, x, tile), dithered(whole, torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("r", [1, 16])  # alone, and in pairs
+def test_nan_and_infinity_stay(variant, r):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.0, 3e38, -1.0]).bfloat16()
+    x.view(torch.int16)[2] = -1  # a NaN of all ones: what is added to it must not make a number of it
+    x = x.repeat(r).view(r, 8).T.repeat(1, 2).contiguous()  # 8 tokens of 2 r, each with one number
+    n, in_ = x.shape
+    xu, y = torch.empty_like(x), torch.empty(n, r).bfloat16()
+    zeros, b = torch.zeros_like(x), bone_cpu.packed(torch.zeros(2, r, r), x.dtype)
+    bone_cpu.call("forward", x, r, r, x, b, xu, y)
+    torch.testing.assert_close(xu[3:], x[3:], rtol=0, atol=0)
+    assert y[:3].isnan().all() and not y[3:].any()  # 0 times infinity, as in the formula
+    q, db = x.clone(), torch.zeros(1, 2, r, 16)
+    bone_cpu.call("backward", x, r, r, zeros, b, torch.zeros_like(y), q, db, 1, 1, True)
+    torch.testing.assert_close(q[3:], x[3:], rtol=0, atol=0)
+    assert not q[:3].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

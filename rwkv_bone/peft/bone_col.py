@@ -35,8 +35,8 @@ def panels(w: Tensor, bone: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 def adapted(w: Tensor, panel: Tensor, b: Tensor) -> Tensor:
     """The rows of W' that belong to the rows w (rows, in), from what `panels` gives for them."""
-    update = (panel.flatten(1, 2) @ b).view(panel.shape).add_(b.unsqueeze(2))
-    return add_rounded_(update.flatten(0, 1).flatten(1)[: len(w), : w.shape[1]], w)
+    update = (panel.flatten(1, 2) @ b).view(panel.shape).flatten(0, 1).flatten(1)
+    return add_rounded_(update[: len(w), : w.shape[1]], w, b.flatten(0, 1)[: len(w)])
 
 
 class BoneColFunction(torch.autograd.Function):

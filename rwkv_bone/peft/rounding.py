@@ -12,21 +12,34 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.bone import cpu as bone_cpu
+
 COLUMN, ROW = 40503, 49473  # the golden ratio's and the plastic ratio's fractions in 2^-16: Kronecker sequences
 
 
-def add_rounded_(u: Tensor, x: Tensor) -> Tensor:
-    """u += x for u and x (n, width) of one dtype, unbiased where that is below float32. Returns u."""
+def add_rounded_(u: Tensor, x: Tensor, tile: Tensor | None = None) -> Tensor:
+    """u += x for u and x (n, width) of one dtype, unbiased where that is below float32. Returns u.
+
+    tile (n, r), if given, is added too, each row repeated along u's, the last time as far as it fits.
+    """
     if torch.finfo(u.dtype).bits >= 32:
-        return u.add_(x)
+        return u.add_(x) if tile is None else u.add_(tiled(tile, u.shape[1])).add_(x)
+    if bone_cpu.add_fits(u, x):
+        return bone_cpu.add_(u, x, tile)
     n, width = u.shape
     at_once = max(1, (2**22 if u.is_cuda else 2**18) // width)  # rows whose float32 temporaries stay in the cache
     for first in range(0, n, at_once):
         rows = slice(first, first + at_once)
-        u[rows] = dithered(x[rows].float().add_(u[rows]), u.dtype, first)
+        total = x[rows].float().add_(u[rows])
+        u[rows] = dithered(total if tile is None else total.add_(tiled(tile[rows], width)), u.dtype, first)
         if u.is_meta or (type(u) is not Tensor and not torch.compiler.is_compiling()):
             break  # a tensor without values, whose memory is counted: these rows take what the others would
     return u
+
+
+def tiled(tile: Tensor, width: int) -> Tensor:
+    """(n, r) -> (n, width), each row repeated."""
+    return tile.repeat(1, -(-width // tile.shape[1]))[:, :width]
 
 
 def rounded_product(y: Tensor, c: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ AT_ONCE = 512  # tokens of a large product for each thread, and for two at least
 MANY = 2  # tokens for each output from which on making W' is the faster
 HEAD: list[Any] = [INT, INT, *[SIZE] * 4]  # bf16, pairs, n, in, out, r
 BACKWARD: list[Any] = [POINTER] * 5 + [SIZE, SIZE, INT]
-kernels = Kernels("bone", {"forward": HEAD + [POINTER] * 4, "backward": HEAD + BACKWARD})
+ADD: list[Any] = [*[SIZE] * 5, *[POINTER] * 3]  # n, width, r, entries from one row to the next of u and of x
+kernels = Kernels("bone", {"forward": HEAD + [POINTER] * 4, "backward": HEAD + BACKWARD, "add": ADD})
 
 
 def fits(x: Tensor, r: int) -> bool:
@@ -77,6 +78,22 @@ def backward(x: Tensor, w: Tensor, b: Tensor, g: Tensor, wants_dx: bool) -> tupl
     return dx if wants_dx else None, db
 
 
+def add_fits(u: Tensor, x: Tensor) -> bool:
+    """Whether `add_` takes u and x (n, width)."""
+    return (
+        all(type(t) is Tensor and t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.stride(1) == 1 for t in (u, x))
+        and not torch.compiler.is_compiling()
+        and kernels.available
+    )
+
+
+def add_(u: Tensor, x: Tensor, tile: Tensor | None) -> Tensor:
+    """u += x, and `tile` (n, r) repeated along the rows, rounded without bias as in rwkv_bone/peft/rounding.py. Returns u."""
+    tile = None if tile is None else tile.to(u.dtype).contiguous()
+    kernels.call("add", *u.shape, 0 if tile is None else tile.shape[1], u.stride(0), x.stride(0), u, x, tile)
+    return u
+
+
 def many(x: Tensor, w: Tensor, b: Tensor) -> bool:
     """Whether the form that makes W' takes less time, and is to be of float32."""
     float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -115,16 +132,21 @@ def at_once() -> int:
     return AT_ONCE * max(2, torch.get_num_threads())
 
 
-def takes_pairs(dtype: torch.dtype, r: int) -> bool:
-    return dtype == torch.bfloat16 and r % 2 == 0 and bool(kernels.library.bone_cpu_pairs(VARIANTS[kernels.variants[-1]]))
+def pairs(dtype: torch.dtype, r: int) -> int:
+    """How bf16 is multiplied: 0 as float32, 1 in pairs along the sum, 2 in squares of pairs (AMX) where r lets it."""
+    return pairs_here() if dtype == torch.bfloat16 and r % 2 == 0 else 0
+
+
+def pairs_here() -> int:
+    return kernels.library.bone_cpu_pairs(VARIANTS[kernels.variants[-1]])
 
 
 def packed(b: Tensor, dtype: torch.dtype) -> Tensor:
     """b (m, r, r), the middle index the summed one, as the kernels for `dtype` read it: padded, and float32 or pairs of bf16."""
     r = b.shape[-1]
     b = F.pad(b.to(dtype), (0, -r % LANES))
-    return (b.unflatten(1, (-1, 2)).transpose(2, 3) if takes_pairs(dtype, r) else b.float()).contiguous()
+    return (b.unflatten(1, (-1, 2)).transpose(2, 3) if pairs(dtype, r) else b.float()).contiguous()
 
 
 def call(function: str, x: Tensor, out: int, r: int, *arguments: Tensor | int) -> None:
-    kernels.call(function, x.dtype == torch.bfloat16, takes_pairs(x.dtype, r), *x.shape, out, r, *arguments)
+    kernels.call(function, x.dtype == torch.bfloat16, pairs(x.dtype, r), *x.shape, out, r, *arguments)
