@@ -375,7 +375,8 @@ def generate(
         asked, stops = as_asked(template, tokenizer, asked, system), stops + template.stops
     sampling = Sampling(temperature, top_p, top_k, 0.0, 0.0)
     with evaluating(model):
-        return [c.text for c in sample(model, tokenizer, asked, sampling, max_tokens, stops, seed, batch_size)]
+        texts = [c.text for c in sample(model, tokenizer, asked, sampling, max_tokens, stops, seed, batch_size)]
+    return [text.lstrip() for text in texts] if instruct else texts  # the space after "Assistant:" is the template's
 
 
 def merge(model: nn.Module) -> None:
