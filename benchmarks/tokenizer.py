@@ -4,7 +4,8 @@
 
 Compared, on one thread, with equal tokens asserted first:
     rwkv trie    the reference: rwkv.rwkv_tokenizer.TRIE_TOKENIZER
-    ours         WorldTokenizer with pyrwkv-tokenizer
+    pyrwkv       pyrwkv-tokenizer, a list of numbers
+    ours         WorldTokenizer, a list too;   ours, array: as data are read
     tokenizers   the World vocabulary as a model of the `tokenizers` package: byte level, then WordPiece (also a greedy longest
                  match), cut beforehand before each space that follows neither a space, \\t nor \\n: no entry of the
                  vocabulary crosses such a place, so the tokens stay the same
@@ -23,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 
+from pyrwkv_tokenizer import RWKVTokenizer
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -68,7 +70,9 @@ def main() -> None:
     world = WorldTokenizer()
     programs = {
         "rwkv trie": TRIE_TOKENIZER(os.path.join(folder, "rwkv_vocab_v20230424.txt")).encode,
+        "pyrwkv": RWKVTokenizer().tokenizer.encode,
         "ours": world.encode,
+        "ours, array": lambda text: world.encode_documents([text], [1])[0],
     }
     backend = as_tokenizers(world)
     lines = [f"{datetime.date.today()}, {cpu_name()}, Python {platform.python_version()}, one thread, MB/s of UTF-8"]
@@ -85,7 +89,7 @@ def main() -> None:
                 start = time.perf_counter()
                 tokens = encode(text)
                 seconds[program] = min(seconds[program], time.perf_counter() - start)
-                assert tokens == wanted, f"{program} differs on {name}"
+                assert list(tokens) == wanted, f"{program} differs on {name}"
         reference = seconds["rwkv trie"]
         shown = (f"{size / s:8.1f} ({reference / s:6.2f}x)" for s in seconds.values())
         lines.append(f"{name:16}" + "".join(f"{x:>20}" for x in shown))

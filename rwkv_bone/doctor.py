@@ -276,10 +276,13 @@ def kernels() -> Iterator[Finding]:
 
 
 def vocabulary() -> Iterator[Finding]:
-    from .data.tokenizer import WorldTokenizer
-
     try:
+        from .data.tokenizer import WorldTokenizer
+
         world = WorldTokenizer()
+    except ImportError as error:
+        yield Finding("note", f"the World vocabulary was not tried: {error.name} is missing", f"pip install {error.name}")
+        return
     except UserError as error:
         problem, _, cure = str(error).partition(": ")
         yield Finding("note", f"{problem} (models of other vocabularies need none)", cure)

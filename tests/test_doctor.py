@@ -71,7 +71,7 @@ def test_without_any_package_it_says_what_to_install_and_exits_with_1():
     assert result.returncode == 1, result.stderr
     assert "FAIL  torch is missing, which is for everything\n        -> pip install 'torch>=2.6,<2.14'" in result.stdout
     assert "note  deepspeed is missing" in result.stdout
-    assert "the World vocabulary is not here" in result.stdout
+    assert "the World vocabulary was not tried: numpy is missing" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("Training cannot work here yet: torch is missing")
 
 

@@ -1,16 +1,19 @@
 """Tokenizers: equal to the reference on every golden text, safe on any ids."""
 
 import importlib.util
+import itertools
 import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_bone.data.tokenizer import ENCODINGS, KINDS, ByteTokenizer, TokenizersTokenizer, WorldTokenizer, open_tokenizer
 from rwkv_bone.errors import UserError
+from rwkv_bone.ops import world as world_kernel
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 GOLDEN = SHARED / "world_tokenizer_golden.json"
@@ -25,10 +28,12 @@ def world():
 
 @pytest.fixture(scope="module")
 def worlds(world, tmp_path_factory):
-    """World's tokenizer, and the plain one that reads other vocabularies, here of the same entries."""
+    """World's tokenizer, that of another file, here of the same entries, and the one where there is no compiler."""
     path = tmp_path_factory.mktemp("v") / "v.txt"
     path.write_bytes(Path(world.vocab_file).read_bytes() + b"\n")
-    return [world, WorldTokenizer(path)]
+    without_compiler = WorldTokenizer()
+    without_compiler._kernel = None
+    return [world, WorldTokenizer(path), without_compiler]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,9 @@ def test_world_tokens_of_golden_texts(worlds):
     texts, wanted = ([entry[name] for entry in entries["strings"]] for name in ("text", "tokens"))
     for world in worlds:
         assert world.encode_batch(texts) == wanted == [world.encode(text) for text in texts]
+        tokens, lengths = world.encode_documents(texts, [1] * len(texts))
+        assert tokens.tolist() == [*itertools.chain(*wanted)] and tokens.dtype == np.uint16
+        assert lengths.tolist() == list(map(len, wanted))
         assert [world.decode(tokens) for tokens in wanted] == texts
         for entry in entries["byte_strings"]:
             assert world.decode_bytes(entry["tokens"]) == bytes.fromhex(entry["bytes_hex"])
@@ -196,11 +204,19 @@ def small_vocabulary() -> list[str]:
     return [f"{i + 1} {bytes([i])!r} 1" for i in range(256)] + ["257 'ab' 2", "258 b'abc' 3"]
 
 
-def test_another_vocabulary_file_is_tokenized_by_its_own_entries(tmp_path):
+def test_another_vocabulary_file_is_tokenized_by_its_own_entries(tmp_path, monkeypatch):
     path = tmp_path / "v.txt"
     path.write_text("\r\n".join(small_vocabulary()), newline="")
     tokenizer = WorldTokenizer(path, 259)
     assert tokenizer.encode("abcabxa") == [258, 257, 121, 98] and str(path) in str(tokenizer)
+    path.write_text("\n".join([*small_vocabulary(), "70000 'x y' 3"]))
+    assert WorldTokenizer(path, 1 << 17).encode("abcx y") == [258, 70000]  # wider than uint16
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    world_kernel.library.cache_clear()
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        WorldTokenizer(path, 1 << 17).encode("a")
 
 
 @pytest.mark.parametrize(

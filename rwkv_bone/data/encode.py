@@ -166,6 +166,7 @@ def encode_files(
     if workers <= 1:
         yield from map(encoder.encode, batches)
         return
+    encoder.tokenizer.encode("a")  # its kernel is built here, not by all workers at once
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
     pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
     pending: deque[Future[Encoded]] = deque()
@@ -188,7 +189,7 @@ _encoder: RowEncoder  # of a worker process
 def _start_worker(encoder: RowEncoder) -> None:
     global _encoder
     _encoder = encoder
-    os.environ["RAYON_NUM_THREADS"] = "1"  # pyrwkv-tokenizer would start a thread a core in each worker
+    os.environ["RAYON_NUM_THREADS"] = "1"  # other tokenizers would start a thread a core in each worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None

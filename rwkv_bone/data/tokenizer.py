@@ -4,8 +4,8 @@
     tokenizer.encode(text) -> ids;   tokenizer.decode(ids) -> text, for any ids;   tokenizer.end: the ids that end a document
 
 World is greedy: at each place the longest entry of the vocabulary that fits, over the bytes of UTF-8. Its file has a line
-"id literal length" for each entry, ids from 1; 0 is not in it and ends a document. Vocabulary and encoder are those of
-pyrwkv-tokenizer; decoding is a table here.
+"id literal length" for each entry, ids from 1; 0 is not in it and ends a document. The vocabulary is pyrwkv-tokenizer's; the
+encoder is a kernel (rwkv_bone/ops/world.py), or pyrwkv-tokenizer's where there is no compiler; decoding is a table.
 """
 
 import ast
@@ -16,6 +16,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..ops.world import Vocabulary
 
 WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"  # with \n line ends
 UNKNOWN = "\ufffd"
@@ -156,7 +158,7 @@ class ByteTokenizer(Tokenizer):
 class WorldTokenizer(Tokenizer):
     """The RWKV World vocabulary, 65536 ids of which 65529 are in the file.
 
-    vocab_file   another file of its format; such text is tokenised in plain Python, some hundred times slower
+    vocab_file   another file of its format
     """
 
     kind = "world"
@@ -169,41 +171,49 @@ class WorldTokenizer(Tokenizer):
         its_own = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
         self.vocab_file, self.vocab_size = os.fspath(vocab_file or its_own), vocab_size
         self._entries, digest = _read_vocabulary(self.vocab_file)
-        self._rust = pyrwkv_tokenizer.RWKVTokenizer().tokenizer if digest == WORLD_SHA256 else None
-        self._ids = {} if self._rust else {entry: i for i, entry in self._entries.items()}
-        self._longest = max(map(len, self._entries.values()))
+        self._usual = digest == WORLD_SHA256
         _check_top(max(self._entries), vocab_size, self.vocab_file)
 
     def __str__(self) -> str:
-        return "World" if self._rust else f"World's kind, with the vocabulary {self.vocab_file}"
+        return "World" if self._usual else f"World's kind, with the vocabulary {self.vocab_file}"
 
     def identity(self) -> dict[str, str]:
-        own = {} if self._rust else {"file": self.vocab_file, "sha256": file_digest(self.vocab_file)}
+        own = {} if self._usual else {"file": self.vocab_file, "sha256": file_digest(self.vocab_file)}
         return super().identity() | own
 
     def vocabulary(self) -> list[bytes | None]:
         return [self._entries.get(token) for token in range(1, self.vocab_size)]
 
+    @cached_property
+    def _kernel(self) -> Vocabulary | None:
+        """None where it cannot be built: pyrwkv-tokenizer does the same, with the usual vocabulary alone."""
+        try:
+            return Vocabulary(self._entries)
+        except UserError as error:
+            if self._usual:
+                return None
+            raise UserError(f"{self.vocab_file}: another vocabulary than World's needs a C++ compiler: {error}") from None
+
+    @cached_property
+    def _rust(self) -> Any:
+        import pyrwkv_tokenizer
+
+        return pyrwkv_tokenizer.RWKVTokenizer().tokenizer
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._rust:
-            try:
-                return self._rust.encode_batch(list(texts))
-            except UnicodeEncodeError:
-                for text in texts:
-                    self._bytes(text)  # raises, in our words
-        return [self._encode_slowly(self._bytes(text)) for text in texts]
+        data = [self._bytes(text) for text in texts]
+        if self._kernel is None:
+            return self._rust.encode_batch(list(texts))
+        tokens, lengths = self._kernel.encode(data)
+        return [piece.tolist() for piece in np.split(tokens, np.cumsum(lengths)[:-1])][: len(data)]
 
-    def _encode_slowly(self, data: bytes) -> list[int]:
-        out, at = [], 0
-        while at < len(data):
-            lengths = range(min(self._longest, len(data) - at), 0, -1)
-            n = next(n for n in lengths if data[at : at + n] in self._ids)  # every single byte is an entry
-            out.append(self._ids[data[at : at + n]])
-            at += n
-        return out
+    def encode_documents(self, stretches: list[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        if self._kernel is None:
+            return super().encode_documents(stretches, counts)
+        return self._kernel.encode([self._bytes(text) for text in stretches])
 
     def decode_bytes(self, ids) -> bytes:
         entries, unknown = self._entries, UNKNOWN.encode()
