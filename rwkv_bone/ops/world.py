@@ -5,7 +5,6 @@ It writes arrays. pyrwkv-tokenizer makes lists of Python's numbers, which took m
 
 import ctypes
 import functools
-import platform
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -17,11 +16,8 @@ from . import build
 @functools.cache
 def library() -> ctypes.CDLL:
     """UserError where it is not there and cannot be built."""
-    popcount = ("-mpopcnt",) if platform.machine() in ("x86_64", "AMD64") else ()
-    objects = [build.Object(build.source("cpp/world.cpp"), popcount)]
-    path = build.build(
-        "world", objects, build.cxx_compiler(), flags=("-O3", "-std=c++17", "-fPIC"), link_flags=("-shared", "-fPIC")
-    )
+    source = build.Object(build.source("cpp/world.cpp"))
+    path = build.build("world", [source], build.cxx_compiler(), flags=("-O3", "-std=c++17", "-fPIC"))
     found = build.load(path)
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     found.world_open.restype, found.world_open.argtypes = pointer, [size, ctypes.c_char_p, pointer, pointer]
