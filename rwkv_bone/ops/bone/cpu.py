@@ -10,6 +10,7 @@ It takes (n + 2 out) in r multiplications beside the two large products, where t
 what W' has beside W (rwkv_bone/peft/rounding.py).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -138,7 +139,12 @@ def pairs(dtype: torch.dtype, r: int) -> int:
 
 
 def pairs_here() -> int:
-    return kernels.library.bone_cpu_pairs(VARIANTS[kernels.variants[-1]])
+    return pairs_of(kernels.variants[-1])
+
+
+@functools.cache  # asking the processor takes long on a virtual machine
+def pairs_of(variant: str) -> int:
+    return kernels.library.bone_cpu_pairs(VARIANTS[variant])
 
 
 def packed(b: Tensor, dtype: torch.dtype) -> Tensor:
