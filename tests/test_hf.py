@@ -252,7 +252,7 @@ def test_rates_are_those_measured_on_a_llama_of_width_576_and_lower_in_wider_mod
     model = load_model(folders["llama"])
     model.sizes = replace(model.sizes, n_embd=576)
     rates = {method: model.recommended_rate(method) for method in (*METHODS, "none", "of tomorrow")}
-    assert rates["bone"] == rates["miss"] == rates["pissa"] == 1e-3 and rates["lora"] == 3e-3
+    assert rates["bone"] == rates["miss"] == rates["of tomorrow"] == 3e-4 and rates["lora"] == 3e-3 and rates["none"] == 1e-4
     model.sizes = replace(model.sizes, n_embd=4096)
     assert all(1e-5 <= model.recommended_rate(method) < rate for method, rate in rates.items())
     with pytest.raises(UserError, match="no initial state"):

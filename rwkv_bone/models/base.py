@@ -104,7 +104,7 @@ class OwnText(NamedTuple):
 # The best constant rates of tiny-rwkv6-1m, whose width is 64 (docs/comparison.md), by PEFT method; "none": full training.
 RATES = {"none": 3e-4, "bone": 1e-3, "bone_col": 1e-3, "miss": 1e-3, "lora": 5e-3, "rslora": 1e-3, "lora_plus": 6e-4,
          "pissa": 2.5e-3, "olora": 2.5e-3, "lora_ga": 3e-4, "dora": 4e-3}  # fmt: skip
-RATES_WIDTH, RATES_POWER = 64, 0.75
+RATES_POWER = 0.75
 
 FEATURES = {
     "infctx": "state to carry from chunk to chunk",
@@ -123,6 +123,8 @@ class LanguageModel(nn.Module):
     version: ClassVar[str]  # "x060", ...: the registry's key
     title: ClassVar[str]  # for people
     targets: ClassVar[tuple[str, ...]]  # parts that get an adapter by default
+    rates: ClassVar[Mapping[str, float]] = RATES  # recommended ones, measured at a width of `rates_width`
+    rates_width: ClassVar[int] = 64
     full_parts: ClassVar[tuple[str, ...]]  # names of the parts that may be trained in full beside an adapter
     capabilities: ClassVar[frozenset[str]] = frozenset()  # keys of FEATURES
     runs_on_meta: ClassVar[bool] = False  # whether a step can be run on the meta device: nothing looks at values
@@ -234,16 +236,13 @@ class LanguageModel(nn.Module):
     def recommended_rate(self, method: str) -> float:
         """A learning rate to begin with, for a PEFT method, for "none" (full training) or for "state" (state tuning).
 
-        Measured at width 64 and lowered as n_embd^-0.75, an interpolation: at width 4096 it gives Bone 4e-5, LoRA 2e-4 and full
-        training 1e-5, where published recipes for models of that width have 2e-5, 2e-4 and 1e-5 to 2e-5. An adapter of another
-        method gets Bone's.
+        Measured at one width and lowered as n_embd^-0.75, an interpolation: from RWKV's width 64 to 4096 it gives Bone 4e-5, LoRA
+        2e-4 and full training 1e-5, where published recipes for models of that width have 2e-5, 2e-4 and 1e-5 to 2e-5. An adapter
+        of another method gets Bone's.
         """
         if method == "state" and (reason := self.cannot("state")):
             raise UserError(reason)
-        return self.lowered(RATES.get(method, RATES["bone"]), RATES_WIDTH)
-
-    def lowered(self, rate: float, width: int) -> float:
-        """A rate measured at that width, for this model's."""
+        rate, width = self.rates.get(method, self.rates["bone"]), self.rates_width
         return float(f"{rate * (width / max(self.sizes.n_embd, width)) ** RATES_POWER:.0e}")
 
     # ------------------------------------------------ state tuning
