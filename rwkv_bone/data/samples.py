@@ -298,7 +298,7 @@ def summary_of(samples: Samples, sampler: BatchSampler, round_to: int = ROUND) -
     """Counts of the sampler's epoch."""
     documents = samples.documents
     lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size)  # (samples, devices)
-    firsts = np.arange(0, len(lengths), sampler.micro_bsz)  # of each batch
+    firsts = np.arange(0, len(lengths), min(sampler.micro_bsz, len(lengths)))  # of each batch
     sizes = np.diff(firsts, append=len(lengths))
     slots = int(padded_length(np.maximum.reduceat(lengths, firsts), round_to, samples.ctx_len).sum(1) @ sizes)
     return Summary(
