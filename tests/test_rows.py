@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rwkv_bone.data.encode import RowEncoder, parse_fields
 from rwkv_bone.data.files import BEGINNING, Batch
 from rwkv_bone.data.templates import Template
-from rwkv_bone.data.tokenizer import ByteTokenizer, open_tokenizer
+from rwkv_bone.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from rwkv_bone.errors import UserError
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
@@ -212,6 +212,22 @@ def test_the_prompt_has_the_tokens_that_asking_it_gives():
         asked = tokenizer.encode(template.prompt([{"role": "user", "content": row["question"]}]))
         assert tokens[: len(asked)] == asked and mask == [0] * len(asked) + [1] * (size - len(asked))
         assert tokens[len(asked) :] == [*tokenizer.encode(" " + row["answer"].replace("\n\n", "\n")), 0]
+
+
+class Spaceless(Tokenizer):
+    """Characters but spaces, with two tokens before a document and one after."""
+
+    begin, end, vocab_size = (1, 2), (3,), 256
+
+    def encode(self, text):
+        return [ord(c) for c in text if c != " "]
+
+
+def test_documents_begin_and_end_where_a_stretch_has_no_token():
+    rows = [{"text": text} for text in ("ab", " ", " ", "c")]
+    done = RowEncoder(Spaceless()).encode(Batch("f", "line", 1, rows, 0, BEGINNING))
+    assert done.sizes.tolist() == [5, 3, 3, 4]
+    assert done.tokens.tolist() == [1, 2, 97, 98, 3, 1, 2, 3, 1, 2, 3, 1, 2, 99, 3]
 
 
 # --- templates

@@ -147,15 +147,20 @@ class RowEncoder:
         starts = (stops - lengths)[last - counts + 1]
         unended = ~whole
         if whole.any():  # of a document's last two stretches one is the answer, and white space may follow it
-            final = np.where(lengths > 0, np.isin(tokens[np.maximum(stops, 1) - 1], [*self.tokenizer.stops]), False)
+            final = lengths > 0
+            final[final] = np.isin(tokens[stops[final] - 1], [*self.tokenizer.stops])
             unended |= ~(final[last] | (final[last - 1] & (counts > 1)))
-        # where a document begins its predecessor ends, whose tokens come first
-        at = np.concatenate([np.repeat(stops[last[unended]], len(end)), np.repeat(starts[~whole], len(begin))])
-        added = np.concatenate([np.tile(end, unended.sum()), np.tile(np.array(begin, np.int64), (~whole).sum())])
+        known = np.zeros((2, max(len(begin), len(end))), np.int64)
+        known[0, : len(begin)], known[1, : len(end)] = begin, end
+        # document by document, for one may have no token between its beginning and its end
+        places = np.stack([starts, stops[last]], 1).ravel()
+        numbers = np.stack([~whole * len(begin), unended * len(end)], 1).ravel()
+        within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        added = known[np.repeat(np.arange(len(numbers)) % 2, numbers), within]
         lengths = lengths.copy()
-        lengths[last[unended]] += len(end)
-        lengths[(last - counts + 1)[~whole]] += len(begin)
-        return np.insert(tokens, at, added), lengths
+        lengths[last - counts + 1] += numbers[::2]
+        lengths[last] += numbers[1::2]
+        return np.insert(tokens, np.repeat(places, numbers), added), lengths
 
 
 def encode_files(
