@@ -190,7 +190,7 @@ def errors(function: Callable, dtype: torch.dtype, device: str, N: int) -> list[
 
 def multiply_add_peak(threads: int) -> float:
     """Multiply-adds a second that `threads` threads do together, in the best instruction set of the kernel."""
-    variant = wkv6_cpu.kernels.variants[-1]
+    variant = wkv6_cpu.variants[-1]
     width = {"avx512": 64, "avx2": 32, "portable": 16}[variant]
     flags = ("-O3", "-fPIC", f"-DWIDTH={width}", *cpu.VARIANT_FLAGS[variant])
     source = build.Object(Path(__file__).with_name("fma_peak.cpp"), flags)

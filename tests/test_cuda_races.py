@@ -13,8 +13,8 @@ import pytest
 import torch
 from cuda_shim import CUDA, TESTS, compile_for_cpu, make_inputs
 
+from rwkv_bone.ops import cuda
 from rwkv_bone.ops.bone import cuda as bone_cuda
-from rwkv_bone.ops.cuda import declare
 from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_bone.ops.wkv7 import cuda as wkv7_cuda
 
@@ -31,7 +31,7 @@ def run_chunk(lib: ctypes.CDLL) -> None:
     for w_dtype, segments, T in ((FP32, 1, 100), (BF16, 2, 150)):  # each slot of the buffers is used again
         inputs, gy, g_final = make_inputs(1, T, 1, 64, dtype=BF16, w_dtype=w_dtype)
         outputs, g_u, state = [x.clone() for x in inputs[:4]], torch.empty(1, 64), torch.empty(1, 1, 64, 64)
-        sizes = (wkv6_cuda.DTYPES[w_dtype], 1, T, 1)
+        sizes = (cuda.DTYPES[w_dtype], 1, T, 1)
         saved = torch.empty(wkv6_cuda.saved_shape(gy, "chunk"))
         scratch = torch.empty(lib.wkv6_chunk_scratch_bytes(1, 1, segments), dtype=torch.uint8)
         call(lib.wkv6_chunk_forward, *sizes, *inputs, outputs[0], state, saved, scratch, segments)
@@ -51,13 +51,13 @@ def run_sequential(lib: ctypes.CDLL) -> None:
 def run_wkv7(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype, w_dtype: torch.dtype, T: int, N: int, cut: int = 1) -> None:
     """Forward and backward through the host side; half of the tokens of one batch row begin a document."""
     wkv7_cuda.library = lambda kernel, device: lib
-    wkv7_cuda.segments = lambda name, lib, r: (torch.empty(lib.wkv7_chunk_scratch_bytes(2, 1, cut) // 4), cut)
-    wkv7_cuda.run = lambda function, device, *arguments: call(function, *arguments)
+    cuda.segments = lambda name, lib, r: (torch.empty(lib.wkv7_chunk_scratch_bytes(2, 1, cut) // 4), cut)
+    cuda.run = lambda function, device, *arguments: call(function, *arguments)
     r, k, v, a, b, gy = (0.1 * torch.randn(2, T, 1, N).to(dtype) for _ in range(6))
     log_w, state = -0.6 * torch.rand(2, T, 1, N).to(w_dtype), torch.randn(2, 1, N, N)
     reset = torch.stack([torch.rand(T) < 0.5, torch.zeros(T) > 0])
-    saved = wkv7_cuda.forward(r, log_w, k, v, a, b, state, reset, True, kernel)[2]
-    wkv7_cuda.backward(r, log_w, k, v, a, b, reset, saved, gy, state, kernel)
+    saved = wkv7_cuda.forward(r, log_w, k, v, a, b, state, reset, save=True, kernel=kernel)[2]
+    wkv7_cuda.backward(r, log_w, k, v, a, b, reset, saved, gy, state, kernel=kernel)
 
 
 def run_wkv7_chunk(lib: ctypes.CDLL) -> None:
@@ -78,10 +78,10 @@ def run_bone(lib: ctypes.CDLL) -> None:
 
 
 KERNELS = {
-    "wkv6_chunk": (wkv6_cuda.FUNCTIONS, run_chunk),
-    "wkv6_sequential": (wkv6_cuda.FUNCTIONS, run_sequential),
-    "wkv7_chunk": (wkv7_cuda.FUNCTIONS, run_wkv7_chunk),
-    "wkv7_sequential": (wkv7_cuda.FUNCTIONS, run_wkv7_sequential),
+    "wkv6_chunk": (wkv6_cuda.functions, run_chunk),
+    "wkv6_sequential": (wkv6_cuda.functions, run_sequential),
+    "wkv7_chunk": (wkv7_cuda.functions, run_wkv7_chunk),
+    "wkv7_sequential": (wkv7_cuda.functions, run_wkv7_sequential),
     "bone": (bone_cuda.FUNCTIONS, run_bone),
 }
 
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel, path = sys.argv[1:]
     functions, run = KERNELS[kernel]
-    library = declare(ctypes.CDLL(path), functions)
+    library = cuda.declare(ctypes.CDLL(path), functions)
     for seed in range(3):
         library.cuda_shim_seed(seed)
         run(library)

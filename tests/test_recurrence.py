@@ -183,7 +183,7 @@ def test_only_wanted_gradients_are_given_and_without_any_nothing_is_saved(op, f)
     plain = f(r=r, **inputs)
     assert plain[0].grad_fn is None and torch.equal(plain[0], y) and torch.equal(plain[1], final)
     arguments = [r, *(inputs.get(i.name) for i in op.inputs)]
-    assert op.kernels["cpu"].forward(*arguments, False)[2].numel() == 0
+    assert op.kernels["cpu"].forward(*arguments, save=False)[2].numel() == 0
 
 
 def assert_registered(op: Recurrence, T: int) -> None:
@@ -224,16 +224,16 @@ def test_compiles_to_one_graph_with_its_neighbours(op, f, form):
 
 
 def test_says_what_it_chose(op):
-    variant, threads = op.kernels["cpu"].kernels.variants[-1], counted(torch.get_num_threads(), "thread")
+    variant, threads = op.kernels["cpu"].variants[-1], counted(torch.get_num_threads(), "thread")
     assert op.describe("cpu", FP32, 64) == f"C++ kernel, {variant}, {threads}"
     assert op.describe("cpu", FP32, 64, op="torch") == "chunked, in plain torch"
 
 
 def test_refuses_an_instruction_set_that_the_machine_lacks(op, monkeypatch):
     cpu, inputs = op.kernels["cpu"], make_inputs(op)
-    monkeypatch.setattr(cpu.kernels, "variants", ["portable"])
+    monkeypatch.setattr(cpu, "variants", ["portable"])
     with pytest.raises(ValueError, match="has no avx512: choose among portable"):
-        cpu.forward(inputs["r"], *(inputs.get(i.name) for i in op.inputs), False, "avx512")
+        cpu.forward(inputs["r"], *(inputs.get(i.name) for i in op.inputs), save=False, variant="avx512")
 
 
 def test_wkv7_refuses_heads_that_its_kernel_cannot_hold():

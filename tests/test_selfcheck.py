@@ -98,8 +98,8 @@ def shim(monkeypatch, tmp_path):
             library.cuda_shim_seed(next(seeds))
             assert function(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), None) == 0
 
-        for module in (wkv6_cuda, bone_cuda):
-            monkeypatch.setattr(module, "library", lambda *_: library)
+        for kernels, module in ((wkv6_cuda, cuda), (bone_cuda, bone_cuda)):
+            monkeypatch.setattr(kernels, "library", lambda *_: library)
             monkeypatch.setattr(module, "run", run)
         monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
 
@@ -125,7 +125,7 @@ def test_bone_in_the_shim(shim, change, monkeypatch):
 def test_wkv6_in_the_shim(shim, change, monkeypatch):
     monkeypatch.setattr(selfcheck, "CASES", (("random", 20),))
     monkeypatch.setattr(selfcheck, "LAUNCHES", 3)
-    shim("wkv6_sequential", wkv6_cuda.FUNCTIONS, *WKV6[change])
+    shim("wkv6_sequential", wkv6_cuda.functions, *WKV6[change])
     run = selfcheck.by_kernel(wkv6.recurrence, "sequential")
     assert selfcheck.examine(run, wkv6.recurrence, "sequential", FP32, 8, "cpu", heads=2).ok == (change == "right")
 

@@ -123,7 +123,7 @@ def test_the_device_line_names_what_was_chosen(world):
         (found,) = [line for line in train(world, "--dry_run", *flags, name="dry").splitlines() if line.startswith("device ")]
         return found
 
-    assert line().endswith(f"fp32, engine: one process, WKV7: C++ kernel, {wkv7_cpu.kernels.variants[-1]}, 1 thread")
+    assert line().endswith(f"fp32, engine: one process, WKV7: C++ kernel, {wkv7_cpu.variants[-1]}, 1 thread")
     assert line("--op", "torch").endswith("WKV7: chunked, in plain torch")
     many = line("--micro_bsz", 256)  # rows, of a token or more each
     assert ("fp32 by oneDNN, engine" if onednn_is_right() else "fp32, engine") in many

@@ -66,10 +66,10 @@ def run(form, inputs, gy, gfinal, threads=1):
     """The same from the chunked torch form, or from the CPU kernel for one instruction set."""
     if form == "torch":
         return gradients(functools.partial(wkv6, op="torch"), inputs, gy, gfinal)
-    if form not in wkv6_cpu.kernels.variants:
+    if form not in wkv6_cpu.variants:
         pytest.skip(f"this machine has no {form}")
-    y, final_state, saved = wkv6_cpu.forward(*inputs, True, form, threads)
-    return y, final_state, *wkv6_cpu.backward(*inputs[:5], saved, gy, gfinal, form, threads)
+    y, final_state, saved = wkv6_cpu.forward(*inputs, save=True, variant=form, threads=threads)
+    return y, final_state, *wkv6_cpu.backward(*inputs[:5], saved, gy, gfinal, variant=form, threads=threads)
 
 
 def assert_close(got, want, tolerance):
@@ -120,7 +120,7 @@ def test_threads_of_our_own_do_the_same_as_torchs(monkeypatch):
     shape = (1, 300, 2, 8)
     assert cpu.torch_threads() is not None
     monkeypatch.setattr(cpu, "torch_threads", lambda: None)
-    assert_close(run(wkv6_cpu.kernels.variants[-1], *make_inputs("normal", *shape), threads=3), truth("normal", *shape), 1e-6)
+    assert_close(run(wkv6_cpu.variants[-1], *make_inputs("normal", *shape), threads=3), truth("normal", *shape), 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -135,7 +135,7 @@ def test_gradients_of_a_slow_channel_stay_exact_over_many_tokens(form):
 
 def test_where_w_is_0_its_gradient_is_exactly_0():
     inputs, gy, gfinal = make_inputs("cut", 1, 100, 2, 24)
-    for form in ("torch", wkv6_cpu.kernels.variants[-1]):
+    for form in ("torch", wkv6_cpu.variants[-1]):
         gw = run(form, inputs, gy, gfinal)[5]
         assert torch.all(gw[inputs[3] == -torch.inf] == 0)
 
@@ -143,7 +143,7 @@ def test_where_w_is_0_its_gradient_is_exactly_0():
 def test_large_inputs_stay_finite():
     inputs, gy, gfinal = make_inputs("extreme", 1, 100, 1, 16)
     inputs = [1e4 * x for x in inputs[:3]] + list(inputs[3:])
-    for form in ("torch", wkv6_cpu.kernels.variants[-1]):
+    for form in ("torch", wkv6_cpu.variants[-1]):
         assert all(torch.all(x.isfinite()) for x in run(form, inputs, gy, gfinal))
 
 
@@ -174,10 +174,10 @@ def test_inputs_at_odd_addresses_are_read_right():
     inputs, gy, gfinal = make_inputs("normal", 1, 50, 2, 16)
     odd = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in inputs]
     assert all(x.data_ptr() % 8 == 4 for x in odd)
-    assert_close(run(wkv6_cpu.kernels.variants[-1], odd, gy, gfinal), truth("normal", 1, 50, 2, 16), 1e-6)
+    assert_close(run(wkv6_cpu.variants[-1], odd, gy, gfinal), truth("normal", 1, 50, 2, 16), 1e-6)
 
 
 def test_same_input_gives_the_same_bits():
     inputs, gy, gfinal = make_inputs("normal", 2, 200, 3, 16)
-    first, second = (run(wkv6_cpu.kernels.variants[-1], inputs, gy, gfinal, threads=2) for _ in range(2))
+    first, second = (run(wkv6_cpu.variants[-1], inputs, gy, gfinal, threads=2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))

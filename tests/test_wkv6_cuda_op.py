@@ -22,7 +22,7 @@ def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     names = ("sequential", "chunk")
     paths = {name: compile_for_cpu(CUDA / f"wkv6_{name}.cu", folder) for name in names}
-    return {name: cuda.declare(ctypes.CDLL(str(path)), wkv6_cuda.FUNCTIONS) for name, path in paths.items()}
+    return {name: cuda.declare(ctypes.CDLL(str(path)), wkv6_cuda.functions) for name, path in paths.items()}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def shim(libraries, monkeypatch):
         assert function(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), None) == 0
 
     monkeypatch.setattr(wkv6_cuda, "library", library)
-    monkeypatch.setattr(wkv6_cuda, "run", run)
+    monkeypatch.setattr(cuda, "run", run)
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 4)
     monkeypatch.setitem(op.recurrence.kernels, "cpu", wkv6_cuda)
     return ran
@@ -150,7 +150,7 @@ def test_nvcc_builds_a_library_that_loads(kernel, tmp_path):
         cuda.nvcc()
     except UserError as absent:
         pytest.skip(str(absent))
-    lib = cuda.declare(ctypes.CDLL(str(cuda.build_library(f"wkv6_{kernel}", (8, 0), cache=tmp_path))), wkv6_cuda.FUNCTIONS)
+    lib = cuda.declare(ctypes.CDLL(str(cuda.build_library(f"wkv6_{kernel}", (8, 0), cache=tmp_path))), wkv6_cuda.functions)
     forward, no_work = getattr(lib, f"wkv6_{kernel}_forward"), 0
     arguments = [no_work if kind in (ctypes.c_int, ctypes.c_int64) else None for kind in forward.argtypes]
     assert forward(*arguments) == 1  # cudaErrorInvalidValue: no batch rows

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuda_shim import DECAYS, error, make_inputs, reference
 
+from rwkv_bone.ops import cuda
 from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_bone.ops.wkv6 import wkv6
 
@@ -187,7 +188,7 @@ def test_offsets_beyond_32_bits(kernel):
 def test_an_error_code_becomes_an_exception():
     r = torch.randn(1, 4, 1, 8, device=DEVICE)
     with pytest.raises(torch.cuda.CudaError, match="invalid argument"):
-        wkv6_cuda.run(
+        cuda.run(
             wkv6_cuda.library("sequential", DEVICE).wkv6_sequential_forward, DEVICE, 0, 0, 1, 0, 1, 8,
             r, r, r, r, r, None, r, r,
         )  # fmt: skip

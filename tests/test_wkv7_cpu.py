@@ -46,10 +46,11 @@ def truth(*case, **options):
 
 
 def run(variant, inputs, gy, gfinal, threads=1):
-    if variant not in cpu.kernels.variants:
+    if variant not in cpu.variants:
         pytest.skip(f"this machine has no {variant}")
-    y, final_state, saved = cpu.forward(*inputs, True, variant, threads)
-    return y, final_state, *cpu.backward(*inputs[:6], inputs[7], saved, gy, gfinal, variant, threads)
+    y, final_state, saved = cpu.forward(*inputs, save=True, variant=variant, threads=threads)
+    gradients = cpu.backward(*inputs[:6], inputs[7], saved, gy, gfinal, variant=variant, threads=threads)
+    return y, final_state, *gradients
 
 
 def errors(got, want):
@@ -77,13 +78,16 @@ class Guarded:
     def __init__(self):
         self.whole = []
 
-    def __call__(self, like, shape=None):
-        shape = like.shape if shape is None else torch.Size(shape)
-        self.whole.append((torch.full((shape.numel() + 2 * self.MARGIN,), torch.nan, dtype=like.dtype), shape.numel()))
+    def empty(self, *shape, dtype):
+        shape = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        self.whole.append((torch.full((shape.numel() + 2 * self.MARGIN,), torch.nan, dtype=dtype), shape.numel()))
         return self.whole[-1][0][self.MARGIN :][: shape.numel()].view(shape)
 
+    def empty_like(self, x):
+        return self.empty(*x.shape, dtype=x.dtype)
+
     def copy(self, x):
-        return x if x is None or x.dtype == torch.bool else self(x).copy_(x)
+        return x if x is None or x.dtype == torch.bool else self.empty_like(x).copy_(x)
 
     def untouched(self):
         return all(x[: self.MARGIN].isnan().all() and x[self.MARGIN + size :].isnan().all() for x, size in self.whole)
@@ -99,8 +103,11 @@ def test_equals_the_recurrence_and_writes_its_results_only(variant, dtype, T, wi
     case = ((2 if N == 8 else 1), T, (3 if N == 8 else 1), N, dtype, with_state, with_resets)
     inputs, gy, gfinal = make_inputs(*case)
     guard = Guarded()
-    monkeypatch.setattr(cpu, "new", guard)
-    got = run(variant, [guard.copy(x) for x in inputs], guard.copy(gy), guard.copy(gfinal), threads=1 + T % 2)
+    given = [guard.copy(x) for x in inputs], guard.copy(gy), guard.copy(gfinal)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guard.empty)
+        patch.setattr(torch, "empty_like", guard.empty_like)
+        got = run(variant, *given, threads=1 + T % 2)
     own, w_dtype = DTYPES[dtype]
     state_dtype = FP64 if own == FP64 else FP32
     assert [x.dtype for x in got] == [own, state_dtype, own, w_dtype, own, own, own, own, state_dtype]
@@ -148,7 +155,7 @@ def test_any_number_of_threads_gives_the_same(variant, dtype, shape, with_resets
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_no_digits_are_lost_where_segments_meet(threads):
     case = (1, 512, 1, 64)
-    assert_close(run(cpu.kernels.variants[-1], *make_inputs(*case, repeated=True), threads=threads), truth(*case, repeated=True))
+    assert_close(run(cpu.variants[-1], *make_inputs(*case, repeated=True), threads=threads), truth(*case, repeated=True))
 
 
 @pytest.mark.parametrize(("variant", "dtype"), FORMS)
@@ -156,10 +163,10 @@ def test_no_digits_are_lost_where_segments_meet(threads):
 def test_without_backward_nothing_is_kept_and_the_results_are_the_same(variant, dtype, T, N):
     for with_state, with_resets in ((True, False), (True, True), (False, False)):
         case = (2, T, 3, N, dtype, with_state, with_resets)
-        if variant not in cpu.kernels.variants:
+        if variant not in cpu.variants:
             pytest.skip(f"this machine has no {variant}")
         inputs = make_inputs(*case)[0]
-        y, final_state, saved = cpu.forward(*inputs, False, variant, 2)
+        y, final_state, saved = cpu.forward(*inputs, save=False, variant=variant, threads=2)
         assert saved.numel() == 0
         want = truth(*case)
         assert_close((y, final_state, *want[2:]), want)
@@ -167,9 +174,9 @@ def test_without_backward_nothing_is_kept_and_the_results_are_the_same(variant, 
 
 def test_half_the_tokens_and_the_state_give_the_whole():
     inputs = make_inputs(1, 130, 2, 64)[0]
-    whole = cpu.forward(*inputs, False)
-    first = cpu.forward(*(x[:, :64].contiguous() for x in inputs[:6]), inputs[6], None, False)
-    second = cpu.forward(*(x[:, 64:].contiguous() for x in inputs[:6]), first[1], None, False)
+    whole = cpu.forward(*inputs, save=False)
+    first = cpu.forward(*(x[:, :64].contiguous() for x in inputs[:6]), inputs[6], None, save=False)
+    second = cpu.forward(*(x[:, 64:].contiguous() for x in inputs[:6]), first[1], None, save=False)
     assert torch.equal(torch.cat((first[0], second[0]), 1), whole[0])
     assert torch.equal(second[1], whole[1])
 
@@ -177,4 +184,4 @@ def test_half_the_tokens_and_the_state_give_the_whole():
 def test_threads_of_our_own_where_torch_has_another_kind(monkeypatch):
     monkeypatch.setattr("rwkv_bone.ops.cpu.torch_threads", lambda: None)
     case = (1, 40, 3, 16)
-    assert_close(run(cpu.kernels.variants[-1], *make_inputs(*case), threads=3), truth(*case))
+    assert_close(run(cpu.variants[-1], *make_inputs(*case), threads=3), truth(*case))

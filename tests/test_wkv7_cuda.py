@@ -7,8 +7,9 @@ import pytest
 import torch
 from cuda_shim import CUDA, assert_guards_intact, compile_for_cpu, error, guarded, guarded_nan
 
-from rwkv_bone.ops.cuda import declare
-from rwkv_bone.ops.wkv7 import cuda, wkv7_reference
+from rwkv_bone.ops import cuda
+from rwkv_bone.ops.wkv7 import cuda as wkv7_cuda
+from rwkv_bone.ops.wkv7 import wkv7_reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
@@ -47,7 +48,7 @@ def reference(inputs, gy, g_final):
 def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wkv7")
     paths = {name: compile_for_cpu(CUDA / f"wkv7_{name}.cu", folder) for name in ("sequential", "chunk")}
-    return {name: declare(ctypes.CDLL(str(path)), cuda.FUNCTIONS) for name, path in paths.items()}
+    return {name: cuda.declare(ctypes.CDLL(str(path)), wkv7_cuda.functions) for name, path in paths.items()}
 
 
 @pytest.fixture
@@ -65,19 +66,20 @@ def both(libraries, monkeypatch):
     def run(function, device, *arguments):
         assert function(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), None) == 0
 
-    monkeypatch.setattr(cuda, "library", lambda kernel, device: libraries[kernel])
+    monkeypatch.setattr(wkv7_cuda, "library", lambda kernel, device: libraries[kernel])
     monkeypatch.setattr(cuda, "run", run)
     monkeypatch.setattr(cuda, "segments", segments)
-    monkeypatch.setattr(cuda.torch, "empty", empty)
-    monkeypatch.setattr(cuda.torch, "empty_like", lambda x: empty(x.shape, x.dtype))
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, x.dtype))
 
     def run_both(kernel, inputs, gy, g_final, seed=0, cut=1):
         nonlocal number
         number = cut
         libraries[kernel].cuda_shim_seed(seed)
         *tensors, reset = (x if x is None or x.dtype == torch.bool else guarded(x) for x in inputs)
-        y, final_state, saved = cuda.forward(*tensors, reset, True, kernel)
-        grads = cuda.backward(*tensors[:6], reset, saved, guarded(gy), None if g_final is None else guarded(g_final), kernel)
+        y, final_state, saved = wkv7_cuda.forward(*tensors, reset, save=True, kernel=kernel)
+        given = guarded(gy), None if g_final is None else guarded(g_final)
+        grads = wkv7_cuda.backward(*tensors[:6], reset, saved, *given, kernel=kernel)
         assert_guards_intact(*filled)
         return {"y": y, "final_state": final_state, **{f"g_{name}": g for name, g in zip(NAMES, grads)}}
 
@@ -186,7 +188,7 @@ def test_chunk_and_sequential_agree_on_what_they_keep_and_give(both, w_dtype):
 
 @pytest.mark.parametrize("dtype, N, kernel", [(BF16, 64, "chunk"), (BF16, 32, "sequential"), (FP32, 64, "sequential")])
 def test_the_kernel_is_chosen_by_dtype_and_head_size(dtype, N, kernel):
-    assert cuda.choose(dtype, N) == kernel
+    assert wkv7_cuda.choose(dtype, N) == kernel
 
 
 def test_chunk_takes_tensors_in_the_middle_of_others(both):
@@ -194,7 +196,7 @@ def test_chunk_takes_tensors_in_the_middle_of_others(both):
     want = both("chunk", inputs, gy, g_final)
     shifted = [None if x is None else torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
     assert shifted[0].data_ptr() % 16
-    y, final_state, _ = cuda.forward(*shifted, False, "chunk")
+    y, final_state, _ = wkv7_cuda.forward(*shifted, save=False, kernel="chunk")
     assert torch.equal(y, want["y"]) and torch.equal(final_state, want["final_state"])
 
 
@@ -202,14 +204,14 @@ def test_chunk_takes_tensors_in_the_middle_of_others(both):
 def test_nothing_is_kept_unless_asked(both, kernel, dtype, N, cut):
     inputs, gy, g_final = make_inputs(1, 40, 1, N, dtype=dtype)
     want = both(kernel, inputs, gy, g_final, cut=cut)
-    y, final_state, saved = cuda.forward(*inputs, False, kernel)
+    y, final_state, saved = wkv7_cuda.forward(*inputs, save=False, kernel=kernel)
     assert torch.equal(y, want["y"]) and torch.equal(final_state, want["final_state"]) and saved.numel() == 0
 
 
 @pytest.mark.parametrize("dtype, N", [(torch.float64, 8), (FP32, 129)])
 def test_what_no_kernel_takes_is_refused(dtype, N):
     with pytest.raises(ValueError, match=rf"up to 128 channels, not {dtype} and {N}; use op='torch'"):
-        cuda.choose(dtype, N)
+        wkv7_cuda.choose(dtype, N)
 
 
 @pytest.mark.parametrize(

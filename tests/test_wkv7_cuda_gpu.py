@@ -23,8 +23,8 @@ CHUNK = [("chunk", BF16, BF16), ("chunk", BF16, FP32)]
 def run(kernel, inputs, gy, g_final):
     """y, the final state and all gradients, on the CPU, by name."""
     *tensors, reset, gy, g_final = (x if x is None else x.to(DEVICE) for x in (*inputs, gy, g_final))
-    y, final_state, saved = cuda.forward(*tensors, reset, True, kernel)
-    grads = cuda.backward(*tensors[:6], reset, saved, gy, g_final, kernel)
+    y, final_state, saved = cuda.forward(*tensors, reset, save=True, kernel=kernel)
+    grads = cuda.backward(*tensors[:6], reset, saved, gy, g_final, kernel=kernel)
     return {"y": y.cpu(), "final_state": final_state.cpu(), **{f"g_{name}": g.cpu() for name, g in zip(NAMES, grads)}}
 
 

@@ -3,10 +3,12 @@
 import ctypes
 import functools
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..terminal import counted
@@ -67,9 +69,6 @@ class Kernels:
         """The instruction sets that this machine can run, the fastest last."""
         return [name for name, number in VARIANTS.items() if self.library.cpu_has(number)]
 
-    def describe(self, variant: str | None = None) -> str:
-        return f"C++ kernel, {variant or self.variants[-1]}, {counted(torch.get_num_threads(), 'thread')}"
-
     def call(self, function: str, *arguments, variant: str | None = None, threads: int | None = None) -> None:
         """NAME_cpu_`function`(*arguments), tensors as the addresses of their data. `variant`, `threads`: for tests; else the
         fastest that this machine can run, and as many as torch takes."""
@@ -78,6 +77,66 @@ class Kernels:
         addresses = [x if type(x) in PLAIN else x.data_ptr() for x in arguments]
         number = VARIANTS[variant or self.variants[-1]]
         self.entries[function](number, threads or torch.get_num_threads(), torch_threads(), *addresses)
+
+
+class RecurrenceKernels(Kernels):
+    """The kernels of a recurrence (ops/recurrence.py): the functions forward and backward of cpp/NAME_cpu.cpp, which take
+    contiguous tensors that `Recurrence` has checked. Those before the state have gradients.
+
+    names       of the inputs, in the op's order
+    checkpoint  tokens between the states that forward keeps for backward; kCheckpoint in cpp/NAME_cpu.h
+    widest      channels of a head that they take at the most; 0: any number
+    float64     the instruction set that computes in float64, where that is one alone
+    """
+
+    def __init__(self, name: str, names: Sequence[str], checkpoint: int, widest: int = 0, float64: str = ""):
+        head: list[Any] = [INT, INT, *[SIZE] * 4]  # dtypes of r and of log_w, B, T, H, N
+        n, self.state, self.log_w = len(names), names.index("state"), names.index("log_w")
+        super().__init__(name, {"forward": head + [POINTER] * (n + 3), "backward": head + [POINTER] * (n + self.state + 3)})
+        self.checkpoint, self.widest, self.float64 = checkpoint, widest, float64
+
+    def check_head(self, N: int) -> None:
+        if N > self.widest > 0:
+            wanted = f"heads of up to {self.widest} channels"
+            raise ValueError(f"{self.name}: the CPU kernel takes {wanted}, not {N}; use op='torch'")
+
+    def describe(self, dtype: torch.dtype, N: int) -> str:
+        self.check_head(N)
+        variant = (dtype == torch.float64 and self.float64) or self.variants[-1]
+        return f"C++ kernel, {variant}, {counted(torch.get_num_threads(), 'thread')}"
+
+    def saved_shape(self, r: Tensor) -> tuple[int, ...]:
+        """The shape of the states that forward keeps for backward, the initial one first."""
+        B, T, H, N = r.shape
+        return (B, H, (T + self.checkpoint - 1) // self.checkpoint, N, N)
+
+    def forward(
+        self, *inputs: Tensor | None, save: bool, variant: str | None = None, threads: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, the final state, and the states that backward needs (empty unless `save`)."""
+        r, log_w = inputs[0], inputs[self.log_w]
+        assert r is not None and log_w is not None
+        B, T, H, N = r.shape
+        self.check_head(N)
+        states = torch.float64 if r.dtype == torch.float64 else torch.float32
+        y, final_state = torch.empty_like(r), torch.empty(B, H, N, N, dtype=states)
+        saved = torch.empty(self.saved_shape(r) if save else 0, dtype=states)
+        results = (y, final_state, saved if save else None)
+        dtypes = DTYPES[r.dtype], DTYPES[log_w.dtype]
+        self.call("forward", *dtypes, B, T, H, N, *inputs, *results, variant=variant, threads=threads)
+        return y, final_state, saved
+
+    def backward(self, *tensors: Tensor | None, variant: str | None = None, threads: int | None = None) -> tuple[Tensor, ...]:
+        """The gradients of the inputs up to the state. tensors: the inputs but the state, `saved`, and the gradients of y and
+        of the final state (None: zeros)."""
+        r, log_w, saved = tensors[0], tensors[self.log_w], tensors[-3]
+        assert r is not None and log_w is not None and saved is not None
+        B, T, H, N = r.shape
+        gradients = [torch.empty_like(x) for x in tensors[: self.state] if x is not None]
+        gradients.append(torch.empty(B, H, N, N, dtype=saved.dtype))
+        dtypes = DTYPES[r.dtype], DTYPES[log_w.dtype]
+        self.call("backward", *dtypes, B, T, H, N, *tensors, *gradients, variant=variant, threads=threads)
+        return tuple(gradients)
 
 
 @functools.cache

@@ -118,6 +118,94 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class RecurrenceKernels:
+    """The two kernels of a recurrence (ops/recurrence.py), built on first use for the GPU at hand: cuda/NAME_chunk.cu, by tensor
+    cores, for bfloat16 and heads of 64, and cuda/NAME_sequential.cu, for float32 too and heads of up to 128 channels. They take
+    contiguous tensors that `Recurrence` has checked, and run on the current stream. The inputs before the state have gradients.
+
+    names       of the inputs, in the op's order
+    checkpoint  float32 numbers that the chunk kernel keeps of each chunk for backward; sizeof(Checkpoint) there
+    """
+
+    def __init__(self, name: str, names: Sequence[str], checkpoint: int):
+        self.name, self.checkpoint = name, checkpoint
+        n, self.state, self.log_w = len(names), names.index("state"), names.index("log_w")
+        sizes: list[Any] = [SIZE] * 3  # B, T, H
+        self.functions: Functions = {
+            f"{name}_sequential_scratch": (SIZE, [*sizes, SIZE]),
+            f"{name}_sequential_forward": (INT, [INT, INT, *sizes, SIZE, *[POINTER] * (n + 3)]),
+            f"{name}_sequential_backward": (INT, [INT, INT, *sizes, SIZE, *[POINTER] * (n + self.state + 5)]),
+            f"{name}_chunk_checkpoint_bytes": (SIZE, sizes),
+            f"{name}_chunk_scratch_bytes": (SIZE, [SIZE, SIZE, INT]),
+            f"{name}_chunk_segments": (INT, [*sizes, INT]),
+            f"{name}_chunk_forward": (INT, [INT, *sizes, *[POINTER] * (n + 4), INT, POINTER]),
+            f"{name}_chunk_backward": (INT, [INT, *sizes, *[POINTER] * (n + self.state + 4), INT, POINTER]),
+        }
+
+    def choose(self, dtype: torch.dtype, N: int, T: int = CHUNK) -> str:
+        """The kernel for T tokens of `dtype` and heads of N channels."""
+        return choose(self.name, dtype, N, T)
+
+    def library(self, kernel: str, device: torch.device) -> ctypes.CDLL:
+        return declare(load(f"{self.name}_{kernel}", torch.cuda.get_device_capability(device)), self.functions)
+
+    def saved_shape(self, r: Tensor, kernel: str | None = None) -> tuple[int, ...]:
+        """The shape of what forward keeps for backward: checkpoints (chunk), the initial state (sequential)."""
+        B, T, H, N = r.shape
+        if (kernel or self.choose(r.dtype, N, T)) == "chunk":
+            return (B, H, (T + CHUNK - 1) // CHUNK, self.checkpoint)
+        return (B, H, N, N)
+
+    def forward(self, *inputs: Tensor | None, save: bool, kernel: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """y, the final state, and what backward needs (empty unless `save`). `kernel`: for tests; else as chosen."""
+        r, log_w, state = inputs[0], inputs[self.log_w], inputs[self.state]
+        assert r is not None and log_w is not None
+        B, T, H, N = r.shape
+        kernel = kernel or self.choose(r.dtype, N, T)
+        lib = self.library(kernel, r.device)
+        function = getattr(lib, f"{self.name}_{kernel}_forward")
+        y, final_state = torch.empty_like(r), float32(r, B, H, N, N)
+        if kernel == "chunk":
+            saved = float32(r, *(self.saved_shape(r, kernel) if save else (0,)))
+            assert saved.nbytes in (0, getattr(lib, f"{self.name}_chunk_checkpoint_bytes")(B, T, H))
+            results = (y, final_state, saved if save else None, *segments(self.name, lib, r))
+            run(function, r.device, DTYPES[log_w.dtype], B, T, H, *map(aligned, inputs), *results)
+        else:
+            run(function, r.device, DTYPES[r.dtype], DTYPES[log_w.dtype], B, T, H, N, *inputs, y, final_state)
+            saved = float32(r, 0)
+            if save:
+                saved = torch.zeros_like(final_state) if state is None else state.clone()
+        return y, final_state, saved
+
+    def backward(self, *tensors: Tensor | None, kernel: str | None = None) -> tuple[Tensor, ...]:
+        """The gradients of the inputs up to the state. tensors: the inputs but the state, what forward kept, and the gradients
+        of y and of the final state (None: zeros)."""
+        *inputs, saved, gy, gfinal = tensors
+        r, log_w = inputs[0], inputs[self.log_w]
+        assert r is not None and log_w is not None
+        B, T, H, N = r.shape
+        kernel = kernel or self.choose(r.dtype, N, T)
+        lib = self.library(kernel, r.device)
+        function = getattr(lib, f"{self.name}_{kernel}_backward")
+        # of an input that all rows share, each row gives a part
+        own = [x for x in inputs[: self.state] if x is not None]
+        gradients = [float32(r, B, *x.shape) if x.dim() == 2 else torch.empty_like(x) for x in own]
+        gradients.append(float32(r, B, H, N, N))
+        if kernel == "chunk":
+            rest = (*gradients, *segments(self.name, lib, r))
+            run(function, r.device, DTYPES[log_w.dtype], B, T, H, *map(aligned, tensors), *rest)
+        else:
+            inputs.insert(self.state, saved)
+            scratch = float32(r, getattr(lib, f"{self.name}_sequential_scratch")(B, T, H, N) // 4)
+            dtypes = DTYPES[r.dtype], DTYPES[log_w.dtype]
+            run(function, r.device, *dtypes, B, T, H, N, *inputs, gy, gfinal, *gradients, scratch)
+        return tuple(g.sum(0) if g.dim() == 3 else g for g in gradients)
+
+
+def float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def aligned(x: Tensor | None) -> Tensor | None:
     """x at an address that 16-byte loads take: a copy where x is a view into the middle of something."""
     return x if x is None or x.data_ptr() % 16 == 0 else x.clone()

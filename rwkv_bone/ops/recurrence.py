@@ -1,8 +1,9 @@
 """What all recurrences over (B, T, H, N) share: argument checks, dispatch by device, registration with torch.library, autograd.
 
-A recurrence is described by its inputs, its definition in plain torch and a module of kernels for each device. The modules give
+A recurrence is described by its inputs, its definition in plain torch and kernels for each device (`RecurrenceKernels` in cpu.py
+and cuda.py), which give
 
-    forward(*inputs, save) -> y, final state, saved           saved: what backward needs; empty unless `save`
+    forward(*inputs, save=...) -> y, final state, saved       saved: what backward needs; empty unless `save`
     backward(*inputs but state, saved, gy, gfinal)            gradients of all inputs but bool ones, in order, the state's too
     saved_shape(r) -> the shape of `saved`                    gfinal may be None: zeros
     describe(dtype, N) -> words for people
@@ -37,6 +38,10 @@ class Input:
 
 
 STATE = Input("state", "BHNN", "compute", optional=True)
+
+
+def names_of(inputs: tuple[Input, ...]) -> list[str]:
+    return ["r", *(i.name for i in inputs)]
 
 
 def mark_as_opaque(op) -> None:
@@ -85,13 +90,13 @@ class Recurrence:
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         if save or torch.compiler.is_compiling() or type(r) is not Tensor or r.is_meta:
             return self.op(*tensors, save)[:2]
-        return self.kernels[r.device.type].forward(*tensors, False)[:2]  # the op's own cost is above a step's
+        return self.kernels[r.device.type].forward(*tensors, save=False)[:2]  # the op's own cost is above a step's
 
     def unchecked(self, tensors: tuple[Tensor | None, ...], op: str) -> tuple[Tensor, Tensor]:
         """The same without gradients, for tensors that are known to be right: the checks take a third of a short call's time."""
         r = tensors[0]
         if op in ("auto", "cpu") and r is not None and r.device.type == "cpu":
-            return self.kernels["cpu"].forward(*tensors, False)[:2]
+            return self.kernels["cpu"].forward(*tensors, save=False)[:2]
         return self(tensors, op)
 
     def _way(self, r: Tensor, op: str) -> str:
@@ -189,7 +194,8 @@ class Recurrence:
 
         @torch.library.custom_op(f"rwkv_bone::{self.name}", mutates_args=(), schema=forward_schema)
         def forward(r, *rest):
-            return self.kernels[r.device.type].forward(r, *rest)
+            *inputs, save = rest
+            return self.kernels[r.device.type].forward(r, *inputs, save=save)
 
         @forward.register_fake
         def _(r, *rest):

@@ -6,18 +6,18 @@
 
 from torch import Tensor
 
-from ..recurrence import OPS, STATE, Input, Recurrence
-from . import cpu, cuda
+from ..cpu import RecurrenceKernels as CPUKernels
+from ..cuda import RecurrenceKernels as CUDAKernels
+from ..recurrence import OPS, STATE, Input, Recurrence, names_of
 from .fla import wkv6_fla
 from .reference import wkv6_chunked, wkv6_reference
 
-__all__ = ["OPS", "describe", "recurrence", "wkv6", "wkv6_chunked", "wkv6_reference"]
+__all__ = ["OPS", "cpu", "cuda", "describe", "recurrence", "wkv6", "wkv6_chunked", "wkv6_reference"]
 
-recurrence = Recurrence(
-    "wkv6",
-    (Input("k"), Input("v"), Input("log_w", dtype="r or compute"), Input("u", "HN", "compute"), STATE),
-    wkv6_reference, wkv6_chunked, wkv6_fla, {"cpu": cpu, "cuda": cuda},
-)  # fmt: skip
+INPUTS = (Input("k"), Input("v"), Input("log_w", dtype="r or compute"), Input("u", "HN", "compute"), STATE)
+cpu = CPUKernels("wkv6", names_of(INPUTS), checkpoint=128)
+cuda = CUDAKernels("wkv6", names_of(INPUTS), checkpoint=(64 * 64 + 16 * 16) // 2)
+recurrence = Recurrence("wkv6", INPUTS, wkv6_reference, wkv6_chunked, wkv6_fla, {"cpu": cpu, "cuda": cuda})
 describe = recurrence.describe
 
 

@@ -6,21 +6,19 @@
 
 from torch import Tensor
 
-from ..recurrence import OPS, STATE, Input, Recurrence
-from . import cpu, cuda
+from ..cpu import RecurrenceKernels as CPUKernels
+from ..cuda import RecurrenceKernels as CUDAKernels
+from ..recurrence import OPS, STATE, Input, Recurrence, names_of
 from .fla import wkv7_fla
 from .reference import wkv7_chunked, wkv7_reference
 
-__all__ = ["OPS", "describe", "recurrence", "wkv7", "wkv7_chunked", "wkv7_reference"]
+__all__ = ["OPS", "cpu", "cuda", "describe", "recurrence", "wkv7", "wkv7_chunked", "wkv7_reference"]
 
-recurrence = Recurrence(
-    "wkv7",
-    (
-        Input("log_w", dtype="r or compute"), Input("k"), Input("v"), Input("a"), Input("b"),
-        STATE, Input("reset", "BT", "bool", optional=True),
-    ),
-    wkv7_reference, wkv7_chunked, wkv7_fla, {"cpu": cpu, "cuda": cuda},
-)  # fmt: skip
+INPUTS = (Input("log_w", dtype="r or compute"), Input("k"), Input("v"), Input("a"), Input("b"), STATE,
+          Input("reset", "BT", "bool", optional=True))  # fmt: skip
+cpu = CPUKernels("wkv7", names_of(INPUTS), checkpoint=64, widest=128, float64="portable")
+cuda = CUDAKernels("wkv7", names_of(INPUTS), checkpoint=(64 * 64 + 16 * 64) // 2)
+recurrence = Recurrence("wkv7", INPUTS, wkv7_reference, wkv7_chunked, wkv7_fla, {"cpu": cpu, "cuda": cuda})
 describe = recurrence.describe
 
 
