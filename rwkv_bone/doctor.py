@@ -33,6 +33,7 @@ REQUIRED = {
     "tokenizers": ("", "vocabularies of a tokenizer.json", False),
     "pyrwkv-tokenizer": ("", "the World vocabulary", False),
     "jinja2": ("", "chat templates", True),
+    "safetensors": (">=0.6", "reading .safetensors", False),
     "tqdm": ("", "progress bars", True),
 }
 OPTIONAL = {

@@ -1,7 +1,5 @@
 """safetensors: what we write, the format's own library reads, and the other way round; what does not fit is refused."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
@@ -59,33 +57,13 @@ def test_reading_maps_the_file_and_never_writes_it(tmp_path):
     assert (tmp_path / "x").read_bytes() == before
 
 
-ENTRIES = [
-    None, [], {}, {"dtype": "F32", "shape": [2]}, {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]},
-    {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
-    {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]},
-    {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]},
-    {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
-    {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]},
-    {"dtype": "F32", "shape": [2], "data_offsets": 8}, {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]},
-    {"dtype": "F32", "shape": [10**30, 0], "data_offsets": [0, 0]}, {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 8]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=range(len(ENTRIES)))
-def test_an_entry_that_does_not_fit_is_refused_in_one_line(entry, tmp_path):
-    header = json.dumps({"a": entry}).encode()
-    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(UserError, match=r"x: not a safetensors file, or damaged or cut short \(.* of a ") as caught:
-        open_safetensors(tmp_path / "x")
-    assert "\n" not in str(caught.value)
-
-
-HEADERS = [b"", b"{", b"[]", b"1", b"{}" * 2, b"\xff\xff", b"[" * 99_999, b'{"a"}']
-
-
-@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
-def test_a_header_that_is_none_is_refused_in_one_line(header, tmp_path):
-    for length in (len(header), len(header) + 9, 2**63):
-        (tmp_path / "x").write_bytes(length.to_bytes(8, "little") + header)
-        with pytest.raises(UserError, match=r"x: not a safetensors file, or damaged or cut short"):
+def test_a_damaged_file_is_refused_in_one_line(tmp_path):
+    write(tmp_path / "x", {"a": torch.ones(2, 3)})
+    whole = (tmp_path / "x").read_bytes()
+    header = b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'
+    wrong = len(header).to_bytes(8, "little") + header + bytes(8)
+    for damaged in (b"", whole[:4], whole[:20], whole[:-1], whole + b"x", wrong, (2**63).to_bytes(8, "little") + whole[8:]):
+        (tmp_path / "x").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"x: not a safetensors file, or damaged or cut short \(") as caught:
             open_safetensors(tmp_path / "x")
+        assert "\n" not in str(caught.value)

@@ -17,13 +17,11 @@ Padding is on the right, idx 0 and target -100: it changes no loss. Token 0 insi
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from ..terminal import counted
@@ -42,7 +40,7 @@ class Row(NamedTuple):
     tokens: int  # T without separators
 
 
-class Samples(Dataset):
+class Samples:
     """The rows of one epoch: `len(samples)`, `samples[i]` -> Row, `samples[EMPTY]` -> a row without slots.
 
     lengths  int64 (n,), slots of each row
@@ -202,7 +200,7 @@ def collate(rows: list[Row], ctx_len: int, round_to: int = ROUND, with_reset: bo
     }
 
 
-class BatchSampler(Sampler):
+class BatchSampler:
     """Which samples make each batch of one device, by arithmetic alone: any batch of any epoch at once.
 
     An epoch's order is a shuffle by (seed, epoch), the same on every device. Of it, place p is sample p // world_size of
@@ -210,13 +208,12 @@ class BatchSampler(Sampler):
     many batches of equal sizes (the last may be short), and together every sample once.
     """
 
-    def __init__(self, n: int, micro_bsz: int, rank: int = 0, world_size: int = 1, seed: int = 0, shuffle: bool = True,
-                 epoch: int = 0, start_batch: int = 0):  # fmt: skip
+    def __init__(self, n: int, micro_bsz: int, rank: int = 0, world_size: int = 1, seed: int = 0, shuffle: bool = True):
         if micro_bsz < 1:
             raise UserError(f"--micro_bsz {micro_bsz}: at least 1")
         assert n > 0 and 0 <= rank < world_size and seed >= 0
         self.n, self.micro_bsz, self.rank, self.world_size = n, micro_bsz, rank, world_size
-        self.seed, self.shuffle, self.epoch, self.start_batch = seed, shuffle, epoch, start_batch
+        self.seed, self.shuffle = seed, shuffle
         self.samples_per_device = -(-n // world_size)
         self.batches_per_epoch = -(-self.samples_per_device // micro_bsz)
         self._order: tuple[int, np.ndarray] | None = None  # epoch, order
@@ -236,16 +233,6 @@ class BatchSampler(Sampler):
         assert 0 <= number < self.batches_per_epoch
         mine = self.order(epoch)[self.rank :: self.world_size]
         return mine[number * self.micro_bsz : (number + 1) * self.micro_bsz].tolist()
-
-    def __len__(self) -> int:
-        return self.batches_per_epoch - self.start_batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The epoch's batches from `start_batch` on."""
-        return (self.batch(self.epoch, number) for number in range(self.start_batch, self.batches_per_epoch))
-
-    def __getstate__(self):
-        return {**self.__dict__, "_order": None}
 
 
 @dataclass(frozen=True)
@@ -295,9 +282,9 @@ class Summary:
 
 
 def summary_of(samples: Samples, sampler: BatchSampler, round_to: int = ROUND) -> Summary:
-    """Counts of the sampler's epoch."""
+    """Counts of the first epoch."""
     documents = samples.documents
-    lengths = np.append(samples.lengths, 0)[sampler.order(sampler.epoch)].reshape(-1, sampler.world_size)  # (samples, devices)
+    lengths = np.append(samples.lengths, 0)[sampler.order(0)].reshape(-1, sampler.world_size)  # (samples, devices)
     firsts = np.arange(0, len(lengths), min(sampler.micro_bsz, len(lengths)))  # of each batch
     sizes = np.diff(firsts, append=len(lengths))
     slots = int(padded_length(np.maximum.reduceat(lengths, firsts), round_to, samples.ctx_len).sum(1) @ sizes)

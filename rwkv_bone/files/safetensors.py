@@ -1,11 +1,12 @@
-"""The safetensors format: 8 bytes of length (little endian), a JSON header of that length, then the tensors' bytes.
+"""safetensors files: read by their own library, memory-mapped; written tensor by tensor, which that cannot do.
+
+A file is 8 bytes of length (little endian), a JSON header of that length, then the tensors' bytes:
 
     {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {"key": "value"}}
 """
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000  # as the format's own library has it
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -37,42 +37,23 @@ def is_safetensors(path: str | Path) -> bool:
 
 
 def open_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, memory-mapped (copy on write), and its metadata. UserError unless it is whole."""
+    """The tensors of a file in its order, memory-mapped (copy on write), and its metadata. UserError unless it is whole."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-                raise ValueError("its header's length does not fit the file")
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not header:
-            raise ValueError("it holds no tensor")
-        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-        return {name: view(mapped, name, entry) for name, entry in header.items()}, metadata
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or damaged or cut short ({str(error).splitlines()[0][:120]})") from None
-
-
-def view(data: Tensor, name: str, entry: Mapping) -> Tensor:
-    """One tensor of the mapped bytes; ValueError unless its entry is sound."""
-    try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"the entry of {name} is no dtype, shape and offsets") from None
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and 0 <= n <= len(data) for n in numbers) or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"the shape and the offsets of {name} do not fit the file")
-    part = data[begin:end]
-    if part.storage_offset() % dtype.itemsize:
-        part = part.clone()  # not aligned: the format promises nothing about it
-    return part.view(dtype).view(shape)
+    if not tensors:
+        raise UserError(f"{path}: holds no tensor")
+    # the format promises no alignment
+    return {name: t if t.data_ptr() % t.itemsize == 0 else t.clone() for name, t in tensors.items()}, metadata
 
 
 def write_safetensors(

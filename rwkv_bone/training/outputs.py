@@ -12,7 +12,6 @@ A run changes and removes only files that are named in the record, and writes a 
 that a user put into the folder is ever lost, and a file that was given as input is never touched wherever it lies.
 """
 
-import dataclasses
 import glob
 import json
 import os
@@ -25,7 +24,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..errors import UserError
 from ..files.adapters import save_adapter, sidecar
-from ..files.models import about_record
+from ..files.models import about_record, identity
 from ..files.pth import layout_of, write_pth
 from ..models import LanguageModel
 
@@ -170,12 +169,7 @@ def adapter_info(model: LanguageModel, data: Any, config: TrainConfig, step: int
         "parts": list(config.parts),
         "train_parts": list(config.train_parts),
         "step": step,
-        "base": {
-            "file": Path(config.load_model).name,
-            "fingerprint": model.fingerprint,
-            "version": model.version,
-            "sizes": dataclasses.asdict(model.sizes),
-        },
+        "base": identity(config.load_model, model),
         **({"quant": config.quant} if config.quant != "none" else {}),
         **({"tokenizer": data.tokenizer.identity()} if known else {}),
         **({"template": data.template.identity()} if data.template else {}),

@@ -2,7 +2,8 @@
 
 import math
 
-SCHEDULES = ("exp", "linear", "cos", "warmup_cos", "wsd", "constant")
+from ..config import SCHEDULES
+
 WSD_DECAY = 0.2  # share of the run in which wsd comes down
 
 
