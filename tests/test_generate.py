@@ -374,12 +374,14 @@ def test_prompts_of_a_file_are_continued_in_order(model_file, float_model, tmp_p
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     asked = [f"User: {prompt}\n\nAssistant:" for prompt in prompts for _ in range(2)]
     expected = [c.text.lstrip() for c in generate(float_model, BYTES, asked, max_tokens=9, stop=("\n\nUser:", "e"))]
+    out = tmp_path / "out.jsonl"
     for file in ("p.txt", "p.jsonl"):
-        out = tmp_path / "out.jsonl"
-        main(
-            ["--model", model_file, "--prompt_file", str(tmp_path / file), "--instruct", "--samples", "2", "--max_tokens", "9",
-             "--stop", "e", "--out", str(out), "--batch_size", "2"]
-        )  # fmt: skip
+        argv = ["--model", model_file, "--prompt_file", str(tmp_path / file), "--instruct", "--samples", "2", "--max_tokens", "9",
+                "--stop", "e", "--out", str(out), "--batch_size", "2"]  # fmt: skip
+        if out.exists():
+            with pytest.raises(UserError, match="exists; give another name, or --overwrite"):
+                main(argv)
+        main([*argv, "--overwrite"])
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["text"] for row in rows] == expected
         assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(2)]

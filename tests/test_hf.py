@@ -415,7 +415,7 @@ DESCENT = ("--beta1", 0, "--beta2", 0, "--adam_eps", "1e4", "--lr_init", "2e2", 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_devices_equal_one(folders, rows, engine):
     assert train(flags(folders["qwen2"], rows, *DESCENT, name="one")) == 0
     argv = flags(folders["qwen2"], rows, *DESCENT, "--devices", 2, "--micro_bsz", 2, "--strategy", engine, name="two")

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     data = write_jsonl(folder / "train.jsonl", everything[HELD_OUT:])
     questions = write_jsonl(folder / "held_out.jsonl", [{"prompt": row["question"], **row} for row in held_out])
     tuned, merged = folder / "tuned", folder / "tuned.pth"
-    asking = ["--tokenizer", TOKENIZER, "--instruct", "--temperature", 0, "--max_tokens", 16, "--prompt_file", questions]
+    asking = ["--tokenizer", TOKENIZER, "--instruct", "--temperature", 0, "--max_tokens", 16, "--overwrite",
+              "--prompt_file", questions]  # fmt: skip
 
     command("generate", "--model", BASE, *asking, "--out", folder / "before.jsonl")
     command("train", "--load_model", BASE, "--tokenizer", TOKENIZER, "--data_file", data, "--peft", "bone", "--r", 32,

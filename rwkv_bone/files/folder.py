@@ -116,7 +116,7 @@ def own_text(folder: Folder) -> OwnText | None:
 def write_folder(path: Path, source: Folder, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors as the shards that `source` has, and its other files beside them. tensors: in the order of `layout`.
 
-    The shards are written in a folder of their own beside `path` and take their names when all of them are whole.
+    All is written in a folder beside `path`, which takes its name when it is whole; or, where `path` is there, its files theirs.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     stream = iter(tensors)
@@ -134,7 +134,9 @@ def write_folder(path: Path, source: Folder, layout: Layout, tensors: Iterable[t
                 case str():
                     (temporary / name).write_text(content, encoding="utf-8")
         rewrite(temporary, source, layout)
-        path.mkdir(exist_ok=True)
+        if not path.exists():
+            os.rename(temporary, path)
+            return
         for entry in sorted(temporary.iterdir()):
             os.replace(entry, path / entry.name)
     except OSError as error:

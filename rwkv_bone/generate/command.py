@@ -197,6 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_tokens", type=int, default=256, help="longest continuation, in tokens (default: 256)")
     group.add_argument("--stop", action="append", default=[], help="text that ends a continuation; may be given several times")
     group.add_argument("--out", default="", metavar="F.jsonl", help="write prompts and continuations there, not to the terminal")
+    group.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     add_sampling_flags(parser, DEFAULT)
     add_model_flags(parser)
     return parser
@@ -210,6 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give --prompt or --prompt_file, or --chat" if not prompts else "--chat takes no prompts")
     if args.samples < 1 or args.max_tokens < 1:
         raise UserError(f"--samples {args.samples} and --max_tokens {args.max_tokens} must be at least 1")
+    if args.out and os.path.exists(args.out) and not args.overwrite:
+        raise UserError(f"--out {args.out} exists; give another name, or --overwrite")
     model = open_model(args)
     tokenizer = tokenizer_of(args, model)
     template = template_of(args, model)

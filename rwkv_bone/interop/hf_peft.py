@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import safetensors
+from ..files.atomic import atomic
 from ..files.folder import read_json
 from ..peft import METHODS, AdapterLinear
 from ..peft.lora import LoraLinear, RankConfig
@@ -54,15 +55,11 @@ UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")  # init_lora_
 def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write an adapter as peft loads it. tensors, info: as `checkpoint.read_adapter` gives them (method, options)."""
     theirs, config = to_peft(tensors, info["method"], info["options"])
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / TENSORS, "wb") as file:
-            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in theirs.items()}
-            safetensors.write_safetensors(file, layout, theirs.items())
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")  # last: with it the folder is an adapter
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in theirs.items()}
+    with atomic(Path(folder) / TENSORS) as file:
+        safetensors.write_safetensors(file, layout, theirs.items())
+    with atomic(Path(folder) / CONFIG) as file:  # last: with it the folder is an adapter
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
 
 
 @torch.no_grad()
