@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
-GPU_TESTS = [f"tests/test_{name}.py" for name in ("bone_cuda", "wkv6_gpu", "wkv7_cuda_gpu")]
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("bone_cuda", "recurrence_gpu")]
 
 
 class Stage:

@@ -1,4 +1,4 @@
-"""Compiles a .cu file for the CPU (cuda_shim.h), and what the tests of such kernels share: inputs, truth, guarded tensors."""
+"""Compiles a .cu file for the CPU (cuda_shim.h), and guards the tensors that such kernels write."""
 
 import ctypes
 import shutil
@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-
-from rwkv_bone.ops.wkv6 import wkv6_reference
 
 TESTS = Path(__file__).resolve().parent
 CUDA = TESTS.parent / "cuda"
@@ -57,36 +55,6 @@ def assert_guards_intact(*tensors: Tensor) -> None:
     for x in tensors:
         whole = x.as_strided((x.numel() + 2 * MARGIN,), (1,), x.storage_offset() - MARGIN)
         assert whole[:MARGIN].isnan().all() and whole[-MARGIN:].isnan().all(), "written beyond a tensor's end"
-
-
-DECAYS = {"none": None, "normal": (-6.0, -0.5), "strong": (-6.0, 3.0), "extreme": (-6.0, 5.0)}  # ranges of log(-log_w)
-
-
-def make_log_w(decay: str, shape: tuple[int, ...]) -> Tensor:
-    """Random log-decays a step: none (0), normal (to -0.6), strong (to -20), extreme (to -148)."""
-    if DECAYS[decay] is None:
-        return torch.zeros(shape)
-    low, high = DECAYS[decay]
-    return -torch.exp(torch.rand(shape) * (high - low) + low)
-
-
-def make_inputs(B, T, H, N, decay="normal", dtype=torch.float32, w_dtype=None, state=True, seed=0):
-    """Random (r, k, v, log_w, u, state), and the gradients of y and of the final state; without `state`, None for both."""
-    torch.manual_seed(seed)
-    r, k, v, gy = (torch.randn(B, T, H, N).to(dtype) for _ in range(4))
-    log_w = make_log_w(decay, (B, T, H, N)).to(w_dtype or dtype)
-    u, s, g_final = torch.randn(H, N), torch.randn(B, H, N, N), torch.randn(B, H, N, N)
-    return (r, k, v, log_w, u, s if state else None), gy, g_final if state else None
-
-
-def reference(inputs, gy, g_final) -> dict[str, Tensor]:
-    """What wkv6_reference gives in float64: y, final_state, and the gradients g_r, g_k, g_v, g_log_w, g_u, g_state."""
-    names = ["r", "k", "v", "log_w", "u", "state"]
-    leaves = {name: x.double().requires_grad_() for name, x in zip(names, inputs) if x is not None}
-    y, final_state = wkv6_reference(*leaves.values())
-    loss = (y * gy).sum() + (final_state * (0 if g_final is None else g_final)).sum()
-    grads = torch.autograd.grad(loss, leaves.values())
-    return {"y": y.detach(), "final_state": final_state.detach(), **{f"g_{n}": g for n, g in zip(leaves, grads)}}
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -4,6 +4,7 @@ A race ends the process that has it, so each kernel runs in one of its own, whic
 """
 
 import ctypes
+import functools
 import resource
 import subprocess
 import sys
@@ -11,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim import CUDA, TESTS, compile_for_cpu, make_inputs
+from cuda_shim import CUDA, TESTS, compile_for_cpu
+from recurrences import OPS, make_inputs, without_state
 
 from rwkv_bone.ops import cuda
 from rwkv_bone.ops.bone import cuda as bone_cuda
-from rwkv_bone.ops.wkv6 import cuda as wkv6_cuda
-from rwkv_bone.ops.wkv7 import cuda as wkv7_cuda
 
 FP32, BF16 = torch.float32, torch.bfloat16
 pytestmark = pytest.mark.slow
@@ -27,47 +27,23 @@ def call(function, *arguments) -> None:
     assert function(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), None) == 0
 
 
-def run_chunk(lib: ctypes.CDLL) -> None:
-    for w_dtype, segments, T in ((FP32, 1, 100), (BF16, 2, 150)):  # each slot of the buffers is used again
-        inputs, gy, g_final = make_inputs(1, T, 1, 64, dtype=BF16, w_dtype=w_dtype)
-        outputs, g_u, state = [x.clone() for x in inputs[:4]], torch.empty(1, 64), torch.empty(1, 1, 64, 64)
-        sizes = (cuda.DTYPES[w_dtype], 1, T, 1)
-        saved = torch.empty(wkv6_cuda.saved_shape(gy, "chunk"))
-        scratch = torch.empty(lib.wkv6_chunk_scratch_bytes(1, 1, segments), dtype=torch.uint8)
-        call(lib.wkv6_chunk_forward, *sizes, *inputs, outputs[0], state, saved, scratch, segments)
-        call(lib.wkv6_chunk_backward, *sizes, *inputs[:5], saved, gy, g_final, *outputs, g_u, state, scratch, segments)
+CASES = {  # dtype, dtype of log_w, tokens, N, segments: each of two buffers is used again
+    "sequential": [(FP32, FP32, 34, 8, 1), (FP32, FP32, 34, 40, 1), (FP32, FP32, 34, 128, 1)],
+    "chunk": [(BF16, BF16, 150, 64, 1), (BF16, FP32, 100, 64, 1), (BF16, FP32, 150, 64, 3)],
+}
 
 
-def run_sequential(lib: ctypes.CDLL) -> None:
-    for N in (8, 40, 128):
-        inputs, gy, g_final = make_inputs(1, 34, 1, N)  # three tiles: each of the two buffers is used again
-        outputs, g_u, state = [x.clone() for x in inputs[:4]], torch.empty(1, N), torch.empty(1, 1, N, N)
-        sizes = (0, 0, *gy.shape)
-        scratch = torch.empty(lib.wkv6_sequential_scratch(*gy.shape) // 4)
-        call(lib.wkv6_sequential_forward, *sizes, *inputs, outputs[0], state)
-        call(lib.wkv6_sequential_backward, *sizes, *inputs, gy, g_final, *outputs, g_u, state, scratch)
-
-
-def run_wkv7(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype, w_dtype: torch.dtype, T: int, N: int, cut: int = 1) -> None:
-    """Forward and backward through the host side; half of the tokens of one batch row begin a document."""
-    wkv7_cuda.library = lambda kernel, device: lib
-    cuda.segments = lambda name, lib, r: (torch.empty(lib.wkv7_chunk_scratch_bytes(2, 1, cut) // 4), cut)
+def run_recurrence(name: str, kernel: str, lib: ctypes.CDLL) -> None:
+    """Forward and backward through the host side; of wkv7 a third of the tokens begin a document."""
+    kernels = OPS[name].kernels["cuda"]
+    kernels.library = lambda kernel, device: lib
     cuda.run = lambda function, device, *arguments: call(function, *arguments)
-    r, k, v, a, b, gy = (0.1 * torch.randn(2, T, 1, N).to(dtype) for _ in range(6))
-    log_w, state = -0.6 * torch.rand(2, T, 1, N).to(w_dtype), torch.randn(2, 1, N, N)
-    reset = torch.stack([torch.rand(T) < 0.5, torch.zeros(T) > 0])
-    saved = wkv7_cuda.forward(r, log_w, k, v, a, b, state, reset, save=True, kernel=kernel)[2]
-    wkv7_cuda.backward(r, log_w, k, v, a, b, reset, saved, gy, state, kernel=kernel)
-
-
-def run_wkv7_chunk(lib: ctypes.CDLL) -> None:
-    for w_dtype, segments in ((BF16, 1), (FP32, 1), (BF16, 3)):
-        run_wkv7(lib, "chunk", BF16, w_dtype, 150, 64, segments)
-
-
-def run_wkv7_sequential(lib: ctypes.CDLL) -> None:
-    for N in (8, 40, 128):
-        run_wkv7(lib, "sequential", FP32, FP32, 34, N)
+    for dtype, w_dtype, T, N, cut in CASES[kernel]:
+        size = getattr(lib, f"{name}_chunk_scratch_bytes")(2, 1, cut) // 4 if kernel == "chunk" else 0
+        cuda.segments = lambda name, lib, r, size=size, cut=cut: (torch.empty(size), cut)
+        inputs, gy, g_final = make_inputs(name, 2, T, 1, N, "", dtype, w_dtype, resets=0.3)
+        saved = kernels.forward(*inputs, save=True, kernel=kernel)[2]
+        kernels.backward(*without_state(name, inputs), saved, gy, g_final, kernel=kernel)
 
 
 def run_bone(lib: ctypes.CDLL) -> None:
@@ -78,12 +54,10 @@ def run_bone(lib: ctypes.CDLL) -> None:
 
 
 KERNELS = {
-    "wkv6_chunk": (wkv6_cuda.functions, run_chunk),
-    "wkv6_sequential": (wkv6_cuda.functions, run_sequential),
-    "wkv7_chunk": (wkv7_cuda.functions, run_wkv7_chunk),
-    "wkv7_sequential": (wkv7_cuda.functions, run_wkv7_sequential),
+    **{f"{name}_{kernel}": (op.kernels["cuda"].functions, functools.partial(run_recurrence, name, kernel))
+       for name, op in OPS.items() for kernel in CASES},
     "bone": (bone_cuda.FUNCTIONS, run_bone),
-}
+}  # fmt: skip
 
 
 def search(source: Path, name: str, folder: Path) -> subprocess.CompletedProcess:
