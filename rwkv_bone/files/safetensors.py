@@ -38,8 +38,10 @@ def is_safetensors(path: str | Path) -> bool:
 
 def open_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file in its order, memory-mapped (copy on write), and its metadata. UserError unless it is whole."""
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"{path}: reading it needs the package safetensors: pip install safetensors") from None
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
