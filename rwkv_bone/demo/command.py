@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     command("merge", "--base_model", BASE, "--peft_checkpoint", tuned / "rwkv-0.pth", "--output", merged, "--overwrite")
     command("generate", "--model", merged, *asking, "--out", folder / "after.jsonl")
     print(f"\n{table(held_out, answers(folder / 'before.jsonl'), answers(folder / 'after.jsonl'))}\n")
+    if steps < 300:
+        print(f"{steps} steps are few: after the usual 300 it is right nearly always.")
     picture = f", the loss curve {tuned / 'loss.png'}" if (tuned / "loss.png").exists() else ""  # without matplotlib: none
     print(f"The tuned model is {merged}{picture}, all answers are in {folder / 'after.jsonl'}.")
     return 0

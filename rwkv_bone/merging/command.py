@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     write_model(job, output, format, plan)
     if job.adapters:
         print(job.report())
+        if plan and plan.type == "q8_0":
+            print("note       lost and unchanged are those of float32; what is rounded to 8 bits loses more")
     dtypes = plan.types if plan else {str(dtype).removeprefix("torch.") for dtype, _ in job.layout.values()}
     count, took = len(plan.tensors if plan else job.layout), time.monotonic() - began
     size = sum(path.stat().st_size for path in (output.iterdir() if folder else [output])) / 2**20

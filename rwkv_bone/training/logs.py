@@ -78,7 +78,7 @@ class Logs:
         self.start, self.total, self.stream = step, total, sys.stdout
         self.loss = RunningLoss((line["loss"], line["trained"]) for line in earlier)
         self.seconds = self.tokens = 0.0
-        self.shown_at, self.epoch_began = 0.0, time.time()
+        self.shown_at = self.epoch_seconds = 0.0
         self.epoch_shown_at = 0.0
         self.epochs, self.last_epoch = config.epoch_count, config.epoch_begin + config.epoch_count - 1
         self.held_out: tuple[int, float] = (0, 0.0)  # the last measure: after which step, loss
@@ -105,6 +105,7 @@ class Logs:
         self.row(line)
         self.to_others({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens")}, record.step)
         self.loss.add(record.loss, record.trained)
+        self.epoch_seconds += record.seconds
         self.show(record)
 
     def validation(self, step: int, epoch: int, loss: float, tokens: int) -> None:
@@ -120,10 +121,10 @@ class Logs:
         say(samples.in_lines(answers))
 
     def epoch(self, record: StepRecord, loss: float) -> None:
-        now, took = time.strftime("%Y-%m-%d %H:%M:%S"), time.time() - self.epoch_began
+        now, took = time.strftime("%Y-%m-%d %H:%M:%S"), self.epoch_seconds
         perplexity = math.exp(min(loss, 700))
         self.write("train_log.txt", f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {took:.1f}s")
-        self.epoch_began = time.time()
+        self.epoch_seconds = 0.0
         last = record.epoch == self.last_epoch
         if self.epochs <= FEW_EPOCHS or last or time.monotonic() - self.epoch_shown_at >= LINE_SECONDS:
             self.epoch_shown_at = time.monotonic()
