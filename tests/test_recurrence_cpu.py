@@ -25,6 +25,7 @@ from recurrences import (
 )  # fmt: skip
 
 from rwkv_bone.ops import cpu
+from rwkv_bone.ops.recurrence import names_of
 from rwkv_bone.ops.selfcheck import by_autograd
 
 VARIANTS = ["portable", "avx2", "avx512"]
@@ -38,7 +39,7 @@ def run(name, form, inputs, gy, g_final, threads=1):
     """y, the final state and the gradients from the chunked torch form, or from the kernel for one instruction set."""
     op = OPS[name]
     if form == "torch":
-        given = dict(zip(case_names(name), inputs))
+        given = dict(zip(names_of(OPS[name].inputs), inputs))
         found = by_autograd(lambda *x: op(x, "torch"))(given, gy, torch.zeros(0) if g_final is None else g_final)
         return {n.replace("gradient of ", "g_").replace("final state", "final_state"): x for n, x in found.items()}
     kernels = op.kernels["cpu"]
@@ -47,10 +48,6 @@ def run(name, form, inputs, gy, g_final, threads=1):
     y, final_state, saved = kernels.forward(*inputs, save=True, variant=form, threads=threads)
     gradients = kernels.backward(*without_state(name, inputs), saved, gy, g_final, variant=form, threads=threads)
     return named(name, y, final_state, gradients)
-
-
-def case_names(name):
-    return ["r", *(i.name for i in OPS[name].inputs)]
 
 
 LIMITS = {"wkv6": {FP32: 1e-6, BF16: 2.5e-3, FP64: 1e-13}, "wkv7": {FP32: 2e-6, BF16: 3e-3, FP64: 1e-13}}
@@ -198,5 +195,5 @@ def test_wkv6_equals_the_recurrence_of_flash_linear_attention():
 
     for regime in ("normal", "strong", "extreme"):
         inputs, gy, g_final, want = case("wkv6", 2, 33, 3, 12, regime=regime)
-        found = by_autograd(theirs)(dict(zip(case_names("wkv6"), inputs)), gy, g_final)
+        found = by_autograd(theirs)(dict(zip(names_of(OPS["wkv6"].inputs), inputs)), gy, g_final)
         assert max(errors(dict(zip(want, found.values())), want).values()) < 1e-6
